@@ -1,0 +1,1 @@
+//! The virtual RDMA NIC: verbs semantics over shared memory.

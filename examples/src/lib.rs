@@ -1,0 +1,1 @@
+//! Small programs that show FreeFlow from a user's side.

@@ -1,0 +1,1 @@
+//! freeflow: the router daemon and its command line.

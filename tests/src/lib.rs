@@ -1,0 +1,1 @@
+//! Conformance suite and third-party clients as judges.
