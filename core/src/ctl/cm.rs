@@ -1,0 +1,1 @@
+//! Messages of the connection manager (librdmacm's front door).

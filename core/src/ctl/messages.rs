@@ -1,0 +1,230 @@
+//! The messages, one struct each. Layouts are explicit: no padding, little-endian hosts only.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// What every body can do: be read from and written to bytes without interpretation.
+pub trait Body: FromBytes + IntoBytes + Immutable + KnownLayout + Copy {}
+impl<T: FromBytes + IntoBytes + Immutable + KnownLayout + Copy> Body for T {}
+
+/// A request, the fds it carries and its reply.
+pub trait Request: Body {
+    const KIND: u16;
+    const NAME: &'static str;
+    /// Descriptors that come with the request.
+    const FDS: usize;
+    type Reply: Body;
+}
+
+/// An event from the router.
+pub trait Event: Body {
+    const KIND: u16;
+}
+
+/// First 16 bytes of each message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Header {
+    pub magic: u32,
+    pub version: u16,
+    pub kind: u16,
+    /// 0, or in a reply the errno of the refusal (the body is then empty).
+    pub status: i32,
+    /// Bytes of body that follow.
+    pub len: u32,
+}
+
+/// A 128-bit address: an IPv6 one, or `::ffff:a.b.c.d`.
+pub type RawGid = [u8; 16];
+
+macro_rules! body {
+    ($(#[$m:meta])* $name:ident { $($(#[$fm:meta])* $field:ident: $ty:ty,)* }) => {
+        $(#[$m])*
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+        #[repr(C)]
+        pub struct $name { $($(#[$fm])* pub $field: $ty,)* }
+    };
+}
+pub(crate) use body;
+
+macro_rules! requests {
+    ($($(#[$m:meta])* $kind:literal $name:ident [$fds:literal] { $($(#[$fm:meta])* $field:ident: $ty:ty,)* } -> $reply:ty;)*) => { $(
+        $crate::ctl::messages::body! { $(#[$m])* $name { $($(#[$fm])* $field: $ty,)* } }
+        impl $crate::ctl::Request for $name {
+            const KIND: u16 = $kind;
+            const NAME: &'static str = stringify!($name);
+            const FDS: usize = $fds;
+            type Reply = $reply;
+        }
+    )* };
+}
+pub(crate) use requests;
+
+macro_rules! events {
+    ($($(#[$m:meta])* $kind:literal $name:ident { $($(#[$fm:meta])* $field:ident: $ty:ty,)* };)*) => { $(
+        $crate::ctl::messages::body! { $(#[$m])* $name { $($(#[$fm])* $field: $ty,)* } }
+        impl $crate::ctl::Event for $name { const KIND: u16 = $kind; }
+    )* };
+}
+pub(crate) use events;
+
+/// What a connection is for ([`Hello::purpose`]).
+pub mod purpose {
+    /// A verbs context: owns queues, PDs, MRs.
+    pub const VERBS: u32 = 0;
+    /// A connection manager (librdmacm): owns cm ids only.
+    pub const CM: u32 = 1;
+}
+
+body! {
+    /// Reply without content.
+    Done {}
+}
+
+body! {
+    /// Quotas and limits of this container; what ibv_query_device reports. A create beyond one fails with ENOMEM.
+    Limits {
+        max_qp: u32,
+        max_cq: u32,
+        max_mr: u32,
+        max_pd: u32,
+        max_qp_wr: u32,
+        max_cqe: u32,
+        /// Registered bytes.
+        max_mr_bytes: u64,
+    }
+}
+
+body! {
+    /// Carries two fds: the event socket, then (VERBS only) the MR table, writable.
+    HelloReply {
+        version: u16,
+        _pad: u16,
+        /// This connection's id on this host, never 0, never reused while the router lives (24 bits).
+        client: u32,
+        vip: RawGid,
+        /// Random per router start: a client that sees it change has met another router.
+        boot: u64,
+        limits: Limits,
+    }
+}
+
+body! { Id { id: u32, } }
+
+body! {
+    MrReply {
+        /// lkey and rkey; low 16 bits are the MR table's slot, high 16 random and never 0.
+        key: u32,
+    }
+}
+
+/// [`PeerInfo::state`].
+pub mod peer_state {
+    /// No such QP, or not connected to the asker: it looks like a dead port.
+    pub const ABSENT: u32 = 0;
+    /// It can receive; the other fields are valid.
+    pub const READY: u32 = 1;
+}
+
+/// [`PeerInfo::fds`]: which descriptors the reply carries, in this order. A descriptor is sent once per connection
+/// and peer object; the client keeps it until [`ClientGone`].
+pub mod peer_fds {
+    pub const SLAB: u32 = 1;
+    pub const CQ_SLAB: u32 = 2;
+    pub const MR_TABLE: u32 = 4;
+    pub const PD: u32 = 8;
+    pub const BELL: u32 = 16;
+}
+
+body! {
+    /// Where a peer's QP lives. Offsets are inside router-made slabs and checked by the router at creation.
+    PeerInfo {
+        state: u32,
+        fds: u32,
+        /// The owner's connection id.
+        client: u32,
+        pd: u32,
+        slab: u32,
+        qp_off: u32,
+        rq_off: u32,
+        rq_depth: u32,
+        rq_sge: u32,
+        cq_slab: u32,
+        cq_off: u32,
+        /// 0: the peer's receive CQ has no channel.
+        channel: u32,
+        /// Bit of this QP in the CQ's dirty map.
+        cq_bit: u32,
+        _pad: u32,
+    }
+}
+
+requests! {
+    /// First on every connection. The reply decides version and identity.
+    1 Hello [0] { min_version: u16, max_version: u16, purpose: u32, } -> HelloReply;
+    /// Asks for queue memory: reply carries one memfd of `len` bytes (a multiple of 4096), zeroed and touched.
+    2 MakeSlab [0] { len: u64, } -> Id;
+    /// A protection domain; the fd is its sparse memfd, which the router never maps.
+    3 AllocPd [1] {} -> Id;
+    4 DeallocPd [0] { pd: u32, } -> Done;
+    /// A completion channel; the fd is its bell (an eventfd).
+    5 CreateChannel [1] {} -> Id;
+    6 DestroyChannel [0] { channel: u32, } -> Done;
+    /// `channel` 0: none. The CQ's shared header is at `off` in `slab`.
+    7 CreateCq [0] { channel: u32, slab: u32, off: u32, _pad: u32, } -> Id;
+    8 DestroyCq [0] { cq: u32, } -> Done;
+    /// Accounts for an MR and allocates its key. The client fills the table's slot itself.
+    9 RegMr [0] { pd: u32, access: u32, addr: u64, len: u64, } -> MrReply;
+    10 DeregMr [0] { key: u32, _pad: u32, } -> Done;
+    /// `kind` is verbs' ibv_qp_type.
+    11 CreateQp [0] {
+        pd: u32, send_cq: u32, recv_cq: u32, kind: u32, slab: u32, qp_off: u32, rq_off: u32, rq_depth: u32, rq_sge: u32, cq_bit: u32,
+    } -> Id;
+    12 DestroyQp [0] { qpn: u32, } -> Done;
+    /// RESET/INIT -> RTR of a connected QP: this QP now belongs to `dest_qpn` at `dgid` (which need not exist yet). For
+    /// UD: it can receive from now on (`dest_qpn` and `dgid` are ignored).
+    13 Connect [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, } -> Done;
+    /// The QP left RTR/RTS (RESET, ERR): peers that have it are told by [`PeerGone`] or [`PeerLeft`].
+    14 Disconnect [0] { qpn: u32, error: u32, } -> Done;
+    /// Where is the peer of `qpn`? For connected QPs `dest_qpn` and `dgid` must be those of Connect, and the peer must be
+    /// connected to `qpn`. For UD any UD QP of the tenant.
+    15 Resolve [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, } -> PeerInfo;
+    /// Moves bytes between this process's memory and the peer's where the direct path cannot. See [`copy_kind`].
+    16 CopyMem [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, kind: u32, key: u32, local: u64, remote: u64, len: u64, } -> Done;
+    /// Tells the peer's process something that is not worth a descriptor. See [`ring`].
+    17 Ring [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, what: u32, } -> Done;
+}
+
+/// [`CopyMem::kind`]: direction, and the right that `key` must grant there.
+pub mod copy_kind {
+    /// local -> remote, REMOTE_WRITE.
+    pub const WRITE: u32 = 0;
+    /// remote -> local, REMOTE_READ.
+    pub const READ: u32 = 1;
+    /// local -> remote, into a receive buffer: LOCAL_WRITE.
+    pub const RECV: u32 = 2;
+}
+
+/// [`Ring::what`].
+pub mod ring {
+    /// A send of the peer waited for a receive: one is there now ([`super::PeerProgress`]).
+    pub const PROGRESS: u32 = 0;
+    /// Ring the bell of the channel of the peer's receive CQ.
+    pub const BELL: u32 = 1;
+    /// The peer's QP took part in a protocol violation (access error): it goes to ERR ([`super::PeerFault`]).
+    pub const FAULT: u32 = 2;
+}
+
+events! {
+    /// The peer of your QP can receive now: a stalled send may resolve again.
+    0x101 PeerReady { qpn: u32, };
+    /// A receive was posted for the stalled send of your QP.
+    0x102 PeerProgress { qpn: u32, };
+    /// A request of the peer violated your QP's or MR's access rules: IBV_EVENT_QP_ACCESS_ERR.
+    0x103 PeerFault { qpn: u32, };
+    /// The process behind the peer of your QP died: IBV_EVENT_QP_FATAL.
+    0x104 PeerGone { qpn: u32, };
+    /// The peer QP was reset, moved to error or destroyed by its program: forget what Resolve said.
+    0x105 PeerLeft { qpn: u32, };
+    /// A process is gone: drop its mappings and descriptors.
+    0x106 ClientGone { client: u32, };
+}
