@@ -1,1 +1,15 @@
-//! shm
+//! Shared memory: memfds, mappings of them, and the copies into pages that others see.
+//!
+//! Owns every raw pointer into shared memory; what is in the pages is `ring`'s business. The only `unsafe` outside
+//! `client::mem` (which moves the program's own pages) and the doors.
+
+mod copy;
+mod mapping;
+mod memfd;
+
+pub use copy::{LocalBytes, SharedBytes, copy_in, copy_out};
+pub use mapping::{Mapping, Shared};
+pub use memfd::{is_sealed_memfd, make_memfd, reopen_read_only, seal};
+
+/// Size of a page.
+pub const PAGE: u64 = 4096;

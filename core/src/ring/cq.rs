@@ -1,0 +1,167 @@
+//! A CQ's shared header: may a peer's completion wake somebody, and which receive queues have something.
+//!
+//! The arm handshake. A sender completes its slot, then looks at `flags`; the owner arms `flags`, then polls again.
+//! Both sides put a sequentially consistent fence between store and load, so at least one of them sees the other.
+
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+
+/// Dirty bits; QPs beyond share bits.
+pub const DIRTY_BITS: u32 = 64 * 64;
+
+const ARMED: u32 = 1;
+const ARMED_SOLICITED: u32 = 2;
+/// A peer rang: the channel's owner finds the CQ by this bit.
+const RUNG: u32 = 4;
+/// Many queues feed this CQ: senders mark the dirty map.
+const MAPPED: u32 = 8;
+
+/// Shared header of a completion queue.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct CqShared {
+    flags: AtomicU32,
+    _pad: [u32; 15],
+    summary: AtomicU64,
+    _pad2: [u64; 7],
+    words: [AtomicU64; 64],
+}
+
+impl Default for CqShared {
+    fn default() -> Self {
+        CqShared {
+            flags: AtomicU32::new(0),
+            _pad: [0; 15],
+            summary: AtomicU64::new(0),
+            _pad2: [0; 7],
+            words: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+}
+
+/// What a completion must do after it is visible.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Ring {
+    No,
+    /// Write to the bell of the CQ's channel.
+    Bell,
+}
+
+impl CqShared {
+    /// Completer (a peer, or the owner for its own sends), after the completion is visible: marks queue `bit` and says
+    /// whether the sleeper must be woken.
+    pub fn completed(&self, bit: Option<u32>, solicited: bool) -> Ring {
+        // Partner: the fences in arm() and map().
+        fence(Ordering::SeqCst);
+        let flags = self.flags.load(Ordering::Relaxed);
+        if flags & (MAPPED | ARMED | ARMED_SOLICITED) == 0 {
+            return Ring::No;
+        }
+        if flags & MAPPED != 0 {
+            if let Some(bit) = bit {
+                self.mark(bit);
+            }
+        }
+        self.wake(solicited)
+    }
+
+    fn wake(&self, solicited: bool) -> Ring {
+        let wanted = if solicited { ARMED | ARMED_SOLICITED } else { ARMED };
+        let mut flags = self.flags.load(Ordering::Relaxed);
+        while flags & wanted != 0 {
+            let rung = (flags & !(ARMED | ARMED_SOLICITED)) | RUNG;
+            match self.flags.compare_exchange_weak(flags, rung, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return Ring::Bell,
+                Err(now) => flags = now,
+            }
+        }
+        Ring::No
+    }
+
+    /// Owner: the next completion (or solicited one) rings. The caller's program polls again afterwards, as verbs demand.
+    pub fn arm(&self, solicited_only: bool) {
+        self.flags.fetch_or(if solicited_only { ARMED_SOLICITED } else { ARMED }, Ordering::AcqRel);
+        // Partner: the fence in completed().
+        fence(Ordering::SeqCst);
+    }
+
+    /// Owner: did someone ring since the last call?
+    pub fn take_rung(&self) -> bool {
+        self.flags.load(Ordering::Relaxed) & RUNG != 0
+            && self.flags.fetch_and(!RUNG, Ordering::AcqRel) & RUNG != 0
+    }
+
+    /// Owner: from now on senders mark the dirty map. The caller must scan all queues once afterwards.
+    pub fn map(&self) {
+        self.flags.fetch_or(MAPPED, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+    }
+
+    fn mark(&self, bit: u32) {
+        let bit = bit % DIRTY_BITS;
+        // Release: partner is drain_dirty()'s acquire swap. Word before summary: a drained summary bit has its word.
+        let word = &self.words[bit as usize / 64];
+        if word.fetch_or(1 << (bit % 64), Ordering::AcqRel) & (1 << (bit % 64)) == 0
+            || self.summary.load(Ordering::Relaxed) & (1 << (bit / 64)) == 0
+        {
+            self.summary.fetch_or(1 << (bit / 64), Ordering::AcqRel);
+        }
+    }
+
+    /// Owner: calls `each` with every dirty bit, clearing them.
+    pub fn drain_dirty(&self, mut each: impl FnMut(u32)) {
+        if self.summary.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut summary = self.summary.swap(0, Ordering::AcqRel);
+        while summary != 0 {
+            let index = summary.trailing_zeros();
+            summary &= summary - 1;
+            let mut word = self.words[index as usize].swap(0, Ordering::AcqRel);
+            while word != 0 {
+                each(index * 64 + word.trailing_zeros());
+                word &= word - 1;
+            }
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_arm_one_ring() {
+        let cq = CqShared::default();
+        assert_eq!(cq.completed(Some(1), false), Ring::No);
+        cq.arm(false);
+        assert_eq!(cq.completed(Some(1), false), Ring::Bell);
+        assert_eq!(cq.completed(Some(1), false), Ring::No);
+        assert!(cq.take_rung());
+        assert!(!cq.take_rung());
+    }
+
+    #[test]
+    fn solicited_only() {
+        let cq = CqShared::default();
+        cq.arm(true);
+        assert_eq!(cq.completed(None, false), Ring::No);
+        assert_eq!(cq.completed(None, true), Ring::Bell);
+        cq.arm(false);
+        assert_eq!(cq.completed(None, true), Ring::Bell);
+    }
+
+    #[test]
+    fn dirty_bits_come_out_once() {
+        let cq = CqShared::default();
+        let _ = cq.completed(Some(5), false);
+        cq.map();
+        for bit in [3, 64, 4095, 4096 + 3] {
+            let _ = cq.completed(Some(bit), false);
+        }
+        let mut seen = vec![];
+        cq.drain_dirty(|b| seen.push(b));
+        assert_eq!(seen, [3, 64, 4095]);
+        cq.drain_dirty(|_| panic!("already drained"));
+    }
+}

@@ -1,0 +1,162 @@
+//! The table of memory regions. Its owner writes entries; peers, who map it read-only, and the router read them.
+//!
+//! A key is `random << 16 | slot`. An entry is valid exactly while its `key` word holds the whole key, so that killing
+//! a key is one store, and a stale or guessed key finds nothing.
+
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::verbs::Access;
+
+/// Entries of a table.
+pub const MR_SLOTS: usize = 1 << 16;
+/// Pieces of an MR that live in the PD's memfd.
+pub const MAX_EXTENTS: usize = 3;
+
+/// `len` bytes at virtual address `va` of the owner are at `offset` in its PD's memfd.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Extent {
+    pub va: u64,
+    pub len: u64,
+    pub offset: u64,
+}
+
+impl Extent {
+    /// Does it hold all of `[va, va+len)`?
+    pub fn holds(&self, va: u64, len: u64) -> bool {
+        va >= self.va && va - self.va <= self.len && len <= self.len - (va - self.va)
+    }
+}
+
+/// One entry, 128 bytes.
+#[derive(Debug, Default)]
+#[repr(C, align(128))]
+pub struct MrEntry {
+    key: AtomicU32,
+    access: AtomicU32,
+    pd: AtomicU32,
+    extents: AtomicU32,
+    iova: AtomicU64,
+    addr: AtomicU64,
+    len: AtomicU64,
+    extent: [[AtomicU64; 3]; MAX_EXTENTS],
+}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<MrEntry>() == 128);
+
+/// An entry, copied out. Hostile until judged: extents are the owner's claim about its own memfd.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MrView {
+    pub key: u32,
+    pub access: Access,
+    pub pd: u32,
+    /// The address remote operations name.
+    pub iova: u64,
+    /// The owner's virtual address of `iova`.
+    pub addr: u64,
+    pub len: u64,
+    pub extents: [Extent; MAX_EXTENTS],
+    pub extent_count: u32,
+}
+
+impl MrView {
+    /// The owner's virtual address of `[iova, iova+len)`, if the MR holds all of it.
+    pub fn translate(&self, iova: u64, len: u64) -> Option<u64> {
+        let from = iova.checked_sub(self.iova)?;
+        (from <= self.len && len <= self.len - from).then(|| self.addr.wrapping_add(from))
+    }
+
+    /// The valid extents.
+    pub fn extents(&self) -> &[Extent] {
+        &self.extents[..(self.extent_count as usize).min(MAX_EXTENTS)]
+    }
+}
+
+/// Slot of a key.
+pub fn slot_of(key: u32) -> usize {
+    key as usize & (MR_SLOTS - 1)
+}
+
+impl MrEntry {
+    /// Owner: makes the key valid.
+    pub fn publish(&self, view: &MrView) {
+        // Partner: the acquire fence in read(). No reader that still sees the old key sees a new field.
+        fence(Ordering::Release);
+        self.access.store(view.access.bits(), Ordering::Relaxed);
+        self.pd.store(view.pd, Ordering::Relaxed);
+        self.iova.store(view.iova, Ordering::Relaxed);
+        self.addr.store(view.addr, Ordering::Relaxed);
+        self.len.store(view.len, Ordering::Relaxed);
+        self.extents.store(view.extent_count, Ordering::Relaxed);
+        for (words, extent) in self.extent.iter().zip(&view.extents) {
+            words[0].store(extent.va, Ordering::Relaxed);
+            words[1].store(extent.len, Ordering::Relaxed);
+            words[2].store(extent.offset, Ordering::Relaxed);
+        }
+        // Release: partner is read()'s first acquire load.
+        self.key.store(view.key, Ordering::Release);
+    }
+
+    /// Owner: kills the key. In-flight copies are waited for with [`super::QpShared::quiesced`].
+    pub fn kill(&self) {
+        self.key.store(0, Ordering::SeqCst);
+    }
+
+    /// Is `key` valid at this moment?
+    pub fn is(&self, key: u32) -> bool {
+        self.key.load(Ordering::Acquire) == key && key != 0
+    }
+
+    /// Copies the entry out if it is `key`'s.
+    pub fn read(&self, key: u32) -> Option<MrView> {
+        if !self.is(key) {
+            return None;
+        }
+        let view = MrView {
+            key,
+            access: Access::from_bits_truncate(self.access.load(Ordering::Relaxed)),
+            pd: self.pd.load(Ordering::Relaxed),
+            iova: self.iova.load(Ordering::Relaxed),
+            addr: self.addr.load(Ordering::Relaxed),
+            len: self.len.load(Ordering::Relaxed),
+            extent_count: self.extents.load(Ordering::Relaxed),
+            extents: std::array::from_fn(|i| Extent {
+                va: self.extent[i][0].load(Ordering::Relaxed),
+                len: self.extent[i][1].load(Ordering::Relaxed),
+                offset: self.extent[i][2].load(Ordering::Relaxed),
+            }),
+        };
+        // The fields above are one version's if the key did not change meanwhile (keys are never used twice in a row).
+        fence(Ordering::Acquire);
+        self.is(key).then_some(view)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_valid_between_publish_and_kill() {
+        let entry = MrEntry::default();
+        let view = MrView { key: 0x1234_0001, len: 10, iova: 100, addr: 5000, ..MrView::default() };
+        assert_eq!(entry.read(0), None);
+        entry.publish(&view);
+        assert_eq!(entry.read(0x1234_0001), Some(view));
+        assert_eq!(entry.read(0x1235_0001), None);
+        entry.kill();
+        assert_eq!(entry.read(0x1234_0001), None);
+    }
+
+    #[test]
+    fn bounds() {
+        let view = MrView { len: 10, iova: 100, addr: 5000, ..MrView::default() };
+        assert_eq!(view.translate(100, 10), Some(5000));
+        assert_eq!(view.translate(110, 0), Some(5010));
+        assert_eq!(view.translate(101, 10), None);
+        assert_eq!(view.translate(99, 1), None);
+        assert_eq!(view.translate(105, u64::MAX), None);
+        let extent = Extent { va: 4096, len: 4096, offset: 0 };
+        assert!(extent.holds(4096, 4096) && extent.holds(8192, 0));
+        assert!(!extent.holds(4096, 4097) && !extent.holds(4095, 1) && !extent.holds(8191, u64::MAX));
+    }
+}

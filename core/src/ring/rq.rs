@@ -1,0 +1,408 @@
+//! Receive slots.
+//!
+//! A slot's `state` word says whose turn it is: `seq << 32 | owner << 8 | phase`. Sequence numbers count posted
+//! receives (modulo 2^32); slot `seq % depth` holds receive `seq`. One phase has one writer:
+//!
+//! | phase   | written by            | meaning                                             |
+//! |---------|-----------------------|-----------------------------------------------------|
+//! | FREE    | owner                 | nothing posted                                      |
+//! | POSTED  | owner                 | a receive waits; `owner` field = number of sges     |
+//! | CLAIMED | the sender that won   | being filled; `owner` field = the sender's client id|
+//! | DONE    | that sender           | completion fields are valid                         |
+//! | FLUSHED | owner                 | taken back unused                                   |
+//!
+//! Every transition out of POSTED is a compare-and-swap, so that several senders (UD), and the owner flushing, agree.
+
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::verbs::Sge;
+
+/// Scatter entries per slot.
+pub const MAX_SGE: usize = 16;
+/// Payload bytes that fit into the completion's own cache line.
+pub const INLINE_BYTES: usize = 40;
+
+/// Whose turn a slot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    Free = 0,
+    Posted = 1,
+    Claimed = 2,
+    Done = 3,
+    Flushed = 4,
+}
+
+/// A slot's state word, unpacked. A word no one of us would write reads as `Free`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotState {
+    pub seq: u32,
+    /// 24 bits: number of sges while POSTED, client id while CLAIMED.
+    pub owner: u32,
+    pub phase: Phase,
+}
+
+impl SlotState {
+    fn pack(self) -> u64 {
+        u64::from(self.seq) << 32 | u64::from(self.owner & 0xff_ffff) << 8 | self.phase as u64
+    }
+
+    fn unpack(word: u64) -> Self {
+        let phase = match word as u8 {
+            1 => Phase::Posted,
+            2 => Phase::Claimed,
+            3 => Phase::Done,
+            4 => Phase::Flushed,
+            _ => Phase::Free,
+        };
+        SlotState { seq: (word >> 32) as u32, owner: (word >> 8) as u32 & 0xff_ffff, phase }
+    }
+}
+
+/// One scatter entry in shared memory.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct SharedSge {
+    addr: AtomicU64,
+    len_lkey: AtomicU64,
+}
+
+/// One receive, 320 bytes. The first cache line is all that changes hands on a small message.
+#[derive(Debug, Default)]
+#[repr(C, align(64))]
+pub struct RecvSlot {
+    state: AtomicU64,
+    /// byte_len | imm << 32
+    len_imm: AtomicU64,
+    /// src_qp | status << 24 | opcode << 32 | flags << 40
+    meta: AtomicU64,
+    inline: [AtomicU64; INLINE_BYTES / 8],
+    sges: [SharedSge; MAX_SGE],
+}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<RecvSlot>() == 320);
+
+/// What a sender says about a receive it filled. Hostile until judged: `byte_len` may be anything.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Completion {
+    /// A `verbs::WcStatus` value.
+    pub status: u8,
+    /// A `verbs::WcOpcode` value as the receiver sees it, low 8 bits.
+    pub opcode: u8,
+    /// `verbs::wc_flags`, and [`Completion::INLINE`], [`Completion::SOLICITED`].
+    pub flags: u8,
+    pub byte_len: u32,
+    /// As on the wire (big endian), untouched.
+    pub imm: u32,
+    /// 24 bits.
+    pub src_qp: u32,
+}
+
+impl Completion {
+    /// The payload is in the slot, not in the receive's buffers.
+    pub const INLINE: u8 = 0x80;
+    /// The sender asked for a solicited event.
+    pub const SOLICITED: u8 = 0x40;
+}
+
+/// The slots of one receive queue, wherever they are mapped.
+#[derive(Debug, Clone, Copy)]
+pub struct RqShared<'a> {
+    slots: &'a [RecvSlot],
+}
+
+impl<'a> RqShared<'a> {
+    /// `slots.len()` is the queue's depth: a power of two, so that sequence numbers may wrap.
+    pub fn new(slots: &'a [RecvSlot]) -> Self {
+        debug_assert!(slots.is_empty() || slots.len().is_power_of_two());
+        RqShared { slots }
+    }
+
+    pub fn depth(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    fn slot(&self, seq: u32) -> Option<&'a RecvSlot> {
+        self.slots.get(seq as usize & self.slots.len().wrapping_sub(1))
+    }
+
+    /// Owner: posts receive `seq`. The caller knows that the slot's previous receive was taken.
+    pub fn post(&self, seq: u32, sges: &[Sge]) {
+        let Some(slot) = self.slot(seq) else { return };
+        for (shared, sge) in slot.sges.iter().zip(sges) {
+            shared.addr.store(sge.addr, Ordering::Relaxed);
+            shared.len_lkey.store(u64::from(sge.length) | u64::from(sge.lkey) << 32, Ordering::Relaxed);
+        }
+        let state = SlotState { seq, owner: sges.len() as u32, phase: Phase::Posted };
+        // Release: partner is the acquire of claim()'s compare-and-swap, which then reads the sges.
+        slot.state.store(state.pack(), Ordering::Release);
+    }
+
+    /// Sender: claims the oldest waiting receive. `head` is the hint in the QP's header; a wrong hint costs a scan.
+    /// `None` means receiver not ready.
+    pub fn claim(&self, head: &AtomicU32, client: u32) -> Option<Claim<'a>> {
+        let mut seq = head.load(Ordering::Relaxed);
+        for _ in 0..self.depth() {
+            let slot = self.slot(seq)?;
+            let word = slot.state.load(Ordering::Relaxed);
+            let state = SlotState::unpack(word);
+            if state.seq != seq || matches!(state.phase, Phase::Free | Phase::Flushed) {
+                return None;
+            }
+            if state.phase == Phase::Posted {
+                let claimed = SlotState { seq, owner: client, phase: Phase::Claimed }.pack();
+                // Acquire: partner is post()'s release store.
+                let won = slot.state.compare_exchange(word, claimed, Ordering::Acquire, Ordering::Relaxed);
+                if won.is_ok() {
+                    head.store(seq.wrapping_add(1), Ordering::Relaxed);
+                    return Some(Claim { slot, seq, client, sges: state.owner });
+                }
+                continue; // another sender or the owner was faster: look at it again
+            }
+            seq = seq.wrapping_add(1); // claimed or done by another sender: the hint was old
+        }
+        None
+    }
+
+    /// Sender: is receive number `head` posted now? The re-check of the RNR handshake ([`super::qp`]).
+    pub fn ready(&self, head: &AtomicU32) -> bool {
+        let seq = head.load(Ordering::Relaxed);
+        self.slot(seq).is_some_and(|slot| {
+            let state = SlotState::unpack(slot.state.load(Ordering::Acquire));
+            state.seq == seq && state.phase == Phase::Posted
+        })
+    }
+
+    /// Owner: takes receive `seq` if it is complete. With `flush`, a receive that still waits is taken back, and with
+    /// `orphaned` (the sender is dead) one that is being filled as well.
+    pub fn take(&self, seq: u32, flush: bool, orphaned: bool) -> Option<Taken<'a>> {
+        let slot = self.slot(seq)?;
+        // Acquire: partner is the release store of Claim::complete.
+        let word = slot.state.load(Ordering::Acquire);
+        let state = SlotState::unpack(word);
+        let flushable = match state.phase {
+            Phase::Done => return Some(Taken::Done(slot.completion(), SlotPayload(slot))),
+            Phase::Posted => flush,
+            Phase::Claimed => flush && orphaned,
+            Phase::Free | Phase::Flushed => flush, // only scribbling gets here: the receive is lost, not the queue
+        };
+        if !flushable {
+            return None;
+        }
+        let flushed = SlotState { seq, owner: 0, phase: Phase::Flushed }.pack();
+        let won = slot.state.compare_exchange(word, flushed, Ordering::AcqRel, Ordering::Relaxed);
+        won.is_ok().then_some(Taken::Flushed)
+    }
+
+    /// Owner: frees the slot of a receive it has taken, so that a reset queue starts clean.
+    pub fn clear(&self) {
+        for slot in self.slots {
+            slot.state.store(0, Ordering::Release);
+        }
+    }
+
+    /// Owner: is any receive being filled at this moment? Deregistration waits for them.
+    pub fn any_claimed(&self) -> bool {
+        self.slots.iter().any(|s| SlotState::unpack(s.state.load(Ordering::SeqCst)).phase == Phase::Claimed)
+    }
+
+    /// Router: gives back what a dead client had claimed. Returns how many slots.
+    pub fn repair(&self, client: u32) -> usize {
+        let mut repaired = 0;
+        for slot in self.slots {
+            let word = slot.state.load(Ordering::Relaxed);
+            let state = SlotState::unpack(word);
+            if state.phase != Phase::Claimed || state.owner != client {
+                continue;
+            }
+            let lost =
+                Completion { status: crate::verbs::WcStatus::GeneralErr as u8, ..Completion::default() };
+            slot.set_completion(&lost);
+            let done = SlotState { phase: Phase::Done, ..state }.pack();
+            if slot.state.compare_exchange(word, done, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                repaired += 1;
+            }
+        }
+        repaired
+    }
+}
+
+impl RecvSlot {
+    fn completion(&self) -> Completion {
+        let len_imm = self.len_imm.load(Ordering::Relaxed);
+        let meta = self.meta.load(Ordering::Relaxed);
+        Completion {
+            byte_len: len_imm as u32,
+            imm: (len_imm >> 32) as u32,
+            src_qp: meta as u32 & 0xff_ffff,
+            status: (meta >> 24) as u8,
+            opcode: (meta >> 32) as u8,
+            flags: (meta >> 40) as u8,
+        }
+    }
+
+    fn set_completion(&self, c: &Completion) {
+        self.len_imm.store(u64::from(c.byte_len) | u64::from(c.imm) << 32, Ordering::Relaxed);
+        let meta = u64::from(c.src_qp & 0xff_ffff)
+            | u64::from(c.status) << 24
+            | u64::from(c.opcode) << 32
+            | u64::from(c.flags) << 40;
+        self.meta.store(meta, Ordering::Relaxed);
+    }
+}
+
+/// A receive taken by its owner.
+#[derive(Debug)]
+pub enum Taken<'a> {
+    Done(Completion, SlotPayload<'a>),
+    Flushed,
+}
+
+/// The inline payload of a completed slot.
+#[derive(Debug)]
+pub struct SlotPayload<'a>(&'a RecvSlot);
+
+impl SlotPayload<'_> {
+    /// Copies the payload out.
+    pub fn read(&self) -> [u8; INLINE_BYTES] {
+        let mut bytes = [0; INLINE_BYTES];
+        for (chunk, word) in bytes.chunks_exact_mut(8).zip(&self.0.inline) {
+            chunk.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes());
+        }
+        bytes
+    }
+}
+
+/// A receive this sender is filling. It must end in [`Claim::complete`] or [`Claim::release`].
+#[derive(Debug)]
+#[must_use = "a claim that is dropped stalls the receiver"]
+pub struct Claim<'a> {
+    slot: &'a RecvSlot,
+    seq: u32,
+    client: u32,
+    sges: u32,
+}
+
+impl<'a> Claim<'a> {
+    /// Copies the scatter list out, once. Returns how many entries are valid.
+    pub fn read_sges(&self, out: &mut [Sge; MAX_SGE]) -> usize {
+        let count = (self.sges as usize).min(MAX_SGE);
+        for (sge, shared) in out.iter_mut().zip(&self.slot.sges).take(count) {
+            let len_lkey = shared.len_lkey.load(Ordering::Relaxed);
+            *sge = Sge {
+                addr: shared.addr.load(Ordering::Relaxed),
+                length: len_lkey as u32,
+                lkey: (len_lkey >> 32) as u32,
+            };
+        }
+        count
+    }
+
+    /// Puts a payload of at most [`INLINE_BYTES`] into the slot.
+    pub fn write_inline(&self, bytes: &[u8]) {
+        let mut padded = [0u8; INLINE_BYTES];
+        padded[..bytes.len()].copy_from_slice(bytes);
+        for (word, chunk) in self.slot.inline.iter().zip(padded.chunks_exact(8)).take(bytes.len().div_ceil(8))
+        {
+            let mut value = [0u8; 8];
+            value.copy_from_slice(chunk);
+            word.store(u64::from_ne_bytes(value), Ordering::Relaxed);
+        }
+    }
+
+    fn claimed(&self) -> u64 {
+        SlotState { seq: self.seq, owner: self.client, phase: Phase::Claimed }.pack()
+    }
+
+    /// Hands the filled receive to its owner.
+    pub fn complete(self, completion: &Completion) {
+        self.slot.set_completion(completion);
+        let done = SlotState { seq: self.seq, owner: 0, phase: Phase::Done }.pack();
+        // Release: partner is the acquire load of take(). SeqCst besides, for the arm handshake in `cq`. A plain store:
+        // nobody else may change a claimed slot unless this process is dead or the owner gave up on it, and then
+        // the value no longer matters.
+        self.slot.state.store(done, Ordering::SeqCst);
+    }
+
+    /// Gives the receive back untouched.
+    pub fn release(self, head: &AtomicU32) {
+        let posted = SlotState { seq: self.seq, owner: self.sges, phase: Phase::Posted }.pack();
+        head.store(self.seq, Ordering::Relaxed);
+        let _ =
+            self.slot.state.compare_exchange(self.claimed(), posted, Ordering::Release, Ordering::Relaxed);
+    }
+
+    /// Splits a claim that outlives this call (a large copy) into plain numbers.
+    pub fn suspend(self) -> (u32, u32) {
+        (self.seq, self.sges)
+    }
+
+    /// Takes up a claim suspended by this client.
+    pub fn resume(rq: RqShared<'a>, suspended: (u32, u32), client: u32) -> Option<Self> {
+        let (seq, sges) = suspended;
+        let claim = Claim { slot: rq.slot(seq)?, seq, client, sges };
+        (claim.slot.state.load(Ordering::Relaxed) == claim.claimed()).then_some(claim)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn slots(n: usize) -> Vec<RecvSlot> {
+        std::iter::repeat_with(RecvSlot::default).take(n).collect()
+    }
+
+    #[test]
+    fn a_receive_goes_round() {
+        let slots = slots(4);
+        let rq = RqShared::new(&slots);
+        let head = AtomicU32::new(0);
+        assert!(rq.claim(&head, 7).is_none(), "nothing posted");
+        for seq in 0..100u32 {
+            let sge = Sge { addr: 0x1000 + u64::from(seq), length: 64, lkey: 9 };
+            rq.post(seq, &[sge]);
+            let claim = rq.claim(&head, 7).expect("posted");
+            let mut got = [Sge::default(); MAX_SGE];
+            assert_eq!(claim.read_sges(&mut got), 1);
+            assert_eq!(got[0], sge);
+            assert!(rq.take(seq, false, false).is_none(), "not complete yet");
+            claim.write_inline(b"hello, world");
+            let sent =
+                Completion { byte_len: 12, imm: seq, src_qp: 0xabcdef, flags: 0xc1, opcode: 128, status: 3 };
+            claim.complete(&sent);
+            let Some(Taken::Done(c, payload)) = rq.take(seq, false, false) else { panic!("not done") };
+            assert_eq!(c, sent);
+            assert_eq!(&payload.read()[..12], b"hello, world");
+        }
+    }
+
+    #[test]
+    fn flush_takes_back_what_waits_but_not_what_is_being_filled() {
+        let slots = slots(2);
+        let rq = RqShared::new(&slots);
+        let head = AtomicU32::new(0);
+        rq.post(0, &[]);
+        rq.post(1, &[]);
+        let claim = rq.claim(&head, 1).expect("posted");
+        assert!(rq.take(0, true, false).is_none());
+        assert!(rq.any_claimed());
+        assert!(matches!(rq.take(1, true, false), Some(Taken::Flushed)));
+        claim.release(&head);
+        assert!(matches!(rq.take(0, true, false), Some(Taken::Flushed)));
+        assert!(rq.claim(&head, 1).is_none());
+    }
+
+    #[test]
+    fn a_dead_senders_claim_is_repaired() {
+        let slots = slots(2);
+        let rq = RqShared::new(&slots);
+        let head = AtomicU32::new(0);
+        rq.post(0, &[]);
+        let suspended = rq.claim(&head, 5).expect("posted").suspend();
+        assert!(Claim::resume(rq, suspended, 5).is_some());
+        assert_eq!((rq.repair(4), rq.repair(5)), (0, 1));
+        assert!(matches!(rq.take(0, false, false), Some(Taken::Done(c, _)) if c.status != 0));
+        assert!(Claim::resume(rq, suspended, 5).is_none());
+    }
+}

@@ -1,0 +1,70 @@
+//! Copies between the program's memory and pages that peers see or change meanwhile.
+//!
+//! Verbs let pollers watch the last byte of a WRITE, so the body is copied first and the last 64 bytes after it; a
+//! naturally aligned 8-byte copy is one store.
+
+use std::ptr::{copy_nonoverlapping, read_volatile, write_volatile};
+use std::sync::atomic::{Ordering, fence};
+
+const TAIL: usize = 64;
+
+/// Bytes of this process that a registration covers.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalBytes {
+    pub addr: u64,
+    pub len: usize,
+}
+
+/// Bytes of a peer, as mapped here.
+#[derive(Debug, Clone, Copy)]
+pub struct SharedBytes {
+    pub ptr: *mut u8,
+    pub len: usize,
+}
+
+/// Copies local bytes into shared pages, last bytes last.
+///
+/// # Safety
+/// `src` is readable in this process for `dst.len` bytes, `dst` is a live mapping of that length.
+pub unsafe fn copy_in(dst: SharedBytes, src: LocalBytes) {
+    debug_assert_eq!(dst.len, src.len);
+    // SAFETY: the caller's promise.
+    unsafe { ordered_copy(dst.ptr, src.addr as *const u8, dst.len) };
+}
+
+/// Copies shared pages into local bytes.
+///
+/// # Safety
+/// `dst` is writable in this process for `src.len` bytes, `src` is a live mapping of that length.
+pub unsafe fn copy_out(dst: LocalBytes, src: SharedBytes) {
+    debug_assert_eq!(dst.len, src.len);
+    // SAFETY: the caller's promise.
+    unsafe { ordered_copy(dst.addr as *mut u8, src.ptr, src.len) };
+}
+
+/// # Safety
+/// Both sides are valid for `len` bytes. They may be the same memory mapped twice; then they do not overlap partially,
+/// or the program asked for an undefined result.
+unsafe fn ordered_copy(dst: *mut u8, src: *const u8, len: usize) {
+    if len == 8 && dst.cast::<u64>().is_aligned() && src.cast::<u64>().is_aligned() {
+        // SAFETY: 8 aligned readable bytes.
+        let value = unsafe { read_volatile(src.cast::<u64>()) };
+        fence(Ordering::Release);
+        // SAFETY: 8 aligned writable bytes.
+        unsafe { write_volatile(dst.cast::<u64>(), value) };
+        return;
+    }
+    let body = len.saturating_sub(TAIL);
+    if body > 0 {
+        // SAFETY: a prefix of the caller's ranges.
+        unsafe { copy_nonoverlapping(src, dst, body) };
+        fence(Ordering::Release);
+    }
+    // SAFETY: body <= len.
+    let tail_src = unsafe { src.add(body) };
+    // SAFETY: body <= len.
+    let tail_dst = unsafe { dst.add(body) };
+    // SAFETY: the remaining len - body bytes.
+    unsafe { copy_nonoverlapping(tail_src, tail_dst, len - body) };
+    fence(Ordering::Release);
+}

@@ -1,0 +1,94 @@
+//! A mapped piece of a memfd, and typed views into it.
+
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+
+/// Types that may be looked at in memory other processes write.
+///
+/// # Safety
+/// Every bit pattern is a valid value and every field is an atomic (or padding never read).
+pub unsafe trait Shared {}
+
+// SAFETY: only atomics and padding.
+#[cfg(not(loom))]
+unsafe impl Shared for crate::ring::RecvSlot {}
+// SAFETY: only atomics and padding.
+#[cfg(not(loom))]
+unsafe impl Shared for crate::ring::QpShared {}
+// SAFETY: only atomics and padding.
+#[cfg(not(loom))]
+unsafe impl Shared for crate::ring::CqShared {}
+// SAFETY: only atomics and padding.
+#[cfg(not(loom))]
+unsafe impl Shared for crate::ring::MrEntry {}
+
+/// A shared mapping; unmapped when dropped.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping is plain memory, valid in every thread until it is dropped; access is through atomics or raw copies.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `[offset, offset+len)` of `fd`, writable or not. The caller has checked that the file is sealed at a size
+    /// that holds it.
+    pub fn new(fd: impl AsFd, offset: u64, len: usize, writable: bool) -> Result<Self, Errno> {
+        let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
+        let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;
+        let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
+        Ok(Mapping { base, len })
+    }
+
+    /// Keeps the mapping out of forked children: queues belong to one process.
+    pub fn dont_fork(&self) {
+        // SAFETY: the range is ours; the advice changes nothing in this process.
+        let _ = unsafe { madvise(self.base.as_ptr().cast(), self.len, Advice::LinuxDontFork) };
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// First byte.
+    pub fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// The `T` at `offset`, if it is aligned and wholly inside.
+    pub fn get<T: Shared>(&self, offset: u64) -> Option<&T> {
+        self.slice(offset, 1)?.first()
+    }
+
+    /// `count` `T`s from `offset` on.
+    pub fn slice<T: Shared>(&self, offset: u64, count: usize) -> Option<&[T]> {
+        let offset = usize::try_from(offset).ok()?;
+        let end = count.checked_mul(size_of::<T>())?.checked_add(offset)?;
+        if end > self.len || !offset.is_multiple_of(align_of::<T>()) {
+            return None;
+        }
+        // SAFETY: offset <= len, both inside one mapping.
+        let first = unsafe { self.base.as_ptr().add(offset) };
+        // SAFETY: in bounds, aligned (mappings are page-aligned), valid for any bytes by `Shared`, and alive as long as self.
+        Some(unsafe { std::slice::from_raw_parts(first.cast::<T>(), count) })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this object made the mapping, and views into it borrow this object.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
