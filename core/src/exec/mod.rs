@@ -1,1 +1,66 @@
-//! exec
+//! What an operation means: one executor over the two ends' shared state, whoever runs it.
+//!
+//! [`execute`] takes one send request as far as it gets: checks the poster's own buffers, then the peer's key or
+//! receive, moves the bytes, completes the peer's receive and rings the peer's CQ. It knows nothing of sockets, threads
+//! or time. How the peer's bytes are reached is [`PeerMemory`]'s business: a path is an implementation of it.
+
+mod local;
+mod peer;
+mod pump;
+mod run;
+
+pub use local::LocalTable;
+pub use peer::{FarCopy, Peer, PeerMemory, Reach};
+pub use run::{Env, Outcome, execute};
+
+use crate::verbs::{Gid, SendFlags, SendOp, Sge};
+
+/// Where a datagram goes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct UdDest {
+    pub dgid: Gid,
+    pub qpn: u32,
+    pub qkey: u32,
+    pub traffic_class: u8,
+    pub hop_limit: u8,
+}
+
+/// The remote side of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// SEND on a connected QP.
+    Receive,
+    /// WRITE, READ.
+    Memory {
+        addr: u64,
+        rkey: u32,
+    },
+    Atomic {
+        addr: u64,
+        rkey: u32,
+        compare_add: u64,
+        swap: u64,
+    },
+    /// SEND on a UD QP.
+    Datagram(UdDest),
+}
+
+/// A send request, as the executor sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    pub op: SendOp,
+    pub flags: SendFlags,
+    pub imm: u32,
+    pub target: Target,
+    /// Scatter/gather list; with inline data one entry without a key check.
+    pub sges: &'a [Sge],
+}
+
+/// How far a request got in earlier calls.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes moved.
+    pub moved: u64,
+    /// The receive being filled.
+    pub claim: Option<(u32, u32)>,
+}

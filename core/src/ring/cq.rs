@@ -57,10 +57,8 @@ impl CqShared {
         if flags & (MAPPED | ARMED | ARMED_SOLICITED) == 0 {
             return Ring::No;
         }
-        if flags & MAPPED != 0 {
-            if let Some(bit) = bit {
-                self.mark(bit);
-            }
+        if let (Some(bit), true) = (bit, flags & MAPPED != 0) {
+            self.mark(bit);
         }
         self.wake(solicited)
     }

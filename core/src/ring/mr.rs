@@ -106,6 +106,24 @@ impl MrEntry {
         self.key.load(Ordering::Acquire) == key && key != 0
     }
 
+    /// May `key` of protection domain `pd` be used for `[iova, iova+len)` with all rights of `need`? Returns the owner's
+    /// virtual address of `iova`.
+    pub fn check(&self, key: u32, pd: u32, need: Access, iova: u64, len: u64) -> Option<u64> {
+        if !self.is(key) {
+            return None;
+        }
+        let access = Access::from_bits_truncate(self.access.load(Ordering::Relaxed));
+        let allowed = self.pd.load(Ordering::Relaxed) == pd && access.contains(need);
+        let bounds = MrView {
+            iova: self.iova.load(Ordering::Relaxed),
+            addr: self.addr.load(Ordering::Relaxed),
+            len: self.len.load(Ordering::Relaxed),
+            ..MrView::default()
+        };
+        fence(Ordering::Acquire);
+        if allowed && self.is(key) { bounds.translate(iova, len) } else { None }
+    }
+
     /// Copies the entry out if it is `key`'s.
     pub fn read(&self, key: u32) -> Option<MrView> {
         if !self.is(key) {

@@ -16,7 +16,9 @@ pub struct QpShared {
     pub access: AtomicU32,
     /// Encoded min_rnr_timer.
     pub rnr_timer: AtomicU32,
-    _pad0: [u32; 11],
+    /// Its own number: the memory of a destroyed QP becomes another QP's, and a late sender must notice.
+    pub qpn: AtomicU32,
+    _pad0: [u32; 10],
     /// Line 1, sender: sequence number of the next receive to claim.
     pub head: AtomicU32,
     _pad1: u32,

@@ -318,10 +318,9 @@ impl<'a> Claim<'a> {
     pub fn complete(self, completion: &Completion) {
         self.slot.set_completion(completion);
         let done = SlotState { seq: self.seq, owner: 0, phase: Phase::Done }.pack();
-        // Release: partner is the acquire load of take(). SeqCst besides, for the arm handshake in `cq`. A plain store:
-        // nobody else may change a claimed slot unless this process is dead or the owner gave up on it, and then
-        // the value no longer matters.
-        self.slot.state.store(done, Ordering::SeqCst);
+        // Release: partner is the acquire load of take(). A plain store: nobody else changes a claimed slot unless this
+        // process is dead or the owner gave up on it, and then the value no longer matters.
+        self.slot.state.store(done, Ordering::Release);
     }
 
     /// Gives the receive back untouched.

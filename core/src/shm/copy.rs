@@ -4,7 +4,7 @@
 //! naturally aligned 8-byte copy is one store.
 
 use std::ptr::{copy_nonoverlapping, read_volatile, write_volatile};
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 const TAIL: usize = 64;
 
@@ -18,28 +18,59 @@ pub struct LocalBytes {
 /// Bytes of a peer, as mapped here.
 #[derive(Debug, Clone, Copy)]
 pub struct SharedBytes {
-    pub ptr: *mut u8,
-    pub len: usize,
+    ptr: *mut u8,
+    len: usize,
+}
+
+impl SharedBytes {
+    /// # Safety
+    /// `[ptr, ptr+len)` stays mapped, readable and writable while the value is used.
+    pub unsafe fn new(ptr: *mut u8, len: usize) -> Self {
+        SharedBytes { ptr, len }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// At most the first `len` bytes.
+    #[must_use]
+    pub fn first(self, len: u64) -> Self {
+        SharedBytes { ptr: self.ptr, len: usize::try_from(len).map_or(self.len, |len| len.min(self.len)) }
+    }
+}
+
+/// The aligned 8-byte word at the start of `bytes`, for CPU atomics.
+pub fn atomic_word(bytes: &SharedBytes) -> Option<&AtomicU64> {
+    if bytes.len < 8 || !bytes.ptr.cast::<u64>().is_aligned() {
+        return None;
+    }
+    // SAFETY: aligned, 8 bytes inside a live mapping (SharedBytes::new), borrowed no longer than the value.
+    Some(unsafe { AtomicU64::from_ptr(bytes.ptr.cast::<u64>()) })
 }
 
 /// Copies local bytes into shared pages, last bytes last.
 ///
 /// # Safety
-/// `src` is readable in this process for `dst.len` bytes, `dst` is a live mapping of that length.
+/// `src` is readable in this process and no longer than `dst`.
 pub unsafe fn copy_in(dst: SharedBytes, src: LocalBytes) {
-    debug_assert_eq!(dst.len, src.len);
-    // SAFETY: the caller's promise.
-    unsafe { ordered_copy(dst.ptr, src.addr as *const u8, dst.len) };
+    assert!(src.len <= dst.len);
+    // SAFETY: readable by the caller's promise, writable by SharedBytes::new's.
+    unsafe { ordered_copy(dst.ptr, src.addr as *const u8, src.len) };
 }
 
 /// Copies shared pages into local bytes.
 ///
 /// # Safety
-/// `dst` is writable in this process for `src.len` bytes, `src` is a live mapping of that length.
+/// `dst` is writable in this process and no longer than `src`.
 pub unsafe fn copy_out(dst: LocalBytes, src: SharedBytes) {
-    debug_assert_eq!(dst.len, src.len);
-    // SAFETY: the caller's promise.
-    unsafe { ordered_copy(dst.addr as *mut u8, src.ptr, src.len) };
+    assert!(dst.len <= src.len);
+    // SAFETY: writable by the caller's promise, readable by SharedBytes::new's.
+    unsafe { ordered_copy(dst.addr as *mut u8, src.ptr, dst.len) };
 }
 
 /// # Safety

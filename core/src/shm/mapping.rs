@@ -1,7 +1,9 @@
 //! A mapped piece of a memfd, and typed views into it.
 
+use std::ops::Deref;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
@@ -13,16 +15,16 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 pub unsafe trait Shared {}
 
 // SAFETY: only atomics and padding.
-#[cfg(not(loom))]
+
 unsafe impl Shared for crate::ring::RecvSlot {}
 // SAFETY: only atomics and padding.
-#[cfg(not(loom))]
+
 unsafe impl Shared for crate::ring::QpShared {}
 // SAFETY: only atomics and padding.
-#[cfg(not(loom))]
+
 unsafe impl Shared for crate::ring::CqShared {}
 // SAFETY: only atomics and padding.
-#[cfg(not(loom))]
+
 unsafe impl Shared for crate::ring::MrEntry {}
 
 /// A shared mapping; unmapped when dropped.
@@ -92,3 +94,44 @@ impl Drop for Mapping {
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
+
+/// `count` consecutive `T`s of a mapping, which it keeps alive.
+#[derive(Debug)]
+pub struct View<T: Shared> {
+    first: NonNull<T>,
+    count: usize,
+    map: Arc<Mapping>,
+}
+
+impl<T: Shared> View<T> {
+    /// None if it is misaligned or not wholly inside.
+    pub fn new(map: Arc<Mapping>, offset: u64, count: usize) -> Option<Self> {
+        let first = NonNull::from(map.slice::<T>(offset, count)?).cast();
+        Some(View { first, count, map })
+    }
+
+    /// The mapping it is a view of.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.map
+    }
+}
+
+impl<T: Shared> Clone for View<T> {
+    fn clone(&self) -> Self {
+        View { first: self.first, count: self.count, map: Arc::clone(&self.map) }
+    }
+}
+
+impl<T: Shared> Deref for View<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: new() took the range from the mapping, and `map` keeps that mapped.
+        unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
+    }
+}
+
+// SAFETY: a view is shared atomics in a mapping that is Send and Sync.
+unsafe impl<T: Shared> Send for View<T> {}
+// SAFETY: as above.
+unsafe impl<T: Shared> Sync for View<T> {}

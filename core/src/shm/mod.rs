@@ -7,8 +7,8 @@ mod copy;
 mod mapping;
 mod memfd;
 
-pub use copy::{LocalBytes, SharedBytes, copy_in, copy_out};
-pub use mapping::{Mapping, Shared};
+pub use copy::{LocalBytes, SharedBytes, atomic_word, copy_in, copy_out};
+pub use mapping::{Mapping, Shared, View};
 pub use memfd::{is_sealed_memfd, make_memfd, reopen_read_only, seal};
 
 /// Size of a page.

@@ -1,0 +1,434 @@
+//! The executor: one send request, as far as it gets.
+
+use arrayvec::ArrayVec;
+
+use crate::ctl::copy_kind;
+use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ring};
+use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out};
+use crate::sync::{AtomicU64, Ordering};
+use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, Sge, WcOpcode, WcStatus, grh, limits, wc_flags};
+
+use super::pump::{Direction, Local, MAX_LOCAL, Remote, Unreachable, pump};
+use super::{LocalTable, Peer, PeerMemory, Progress, Reach, Request, Target, UdDest};
+
+/// Everything around a request.
+pub struct Env<'a, M> {
+    pub local: LocalTable<'a>,
+    /// None: the peer is not there (yet).
+    pub peer: Option<Peer<'a>>,
+    pub memory: &'a mut M,
+    /// The poster.
+    pub qpn: u32,
+    pub client: u32,
+    pub gid: Gid,
+    /// Bytes this call may move.
+    pub budget: u64,
+}
+
+/// How far the request got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Done {
+        status: WcStatus,
+        byte_len: u32,
+    },
+    /// The budget is used up: call again.
+    Again,
+    /// No receive is posted.
+    Rnr,
+    /// The peer does not serve requests: like a packet nobody answers.
+    Absent,
+}
+
+impl Outcome {
+    fn failed(status: WcStatus) -> Self {
+        Outcome::Done { status, byte_len: 0 }
+    }
+}
+
+const TO_PEER: Direction = Direction { to_peer: true, far_kind: copy_kind::WRITE };
+const FROM_PEER: Direction = Direction { to_peer: false, far_kind: copy_kind::READ };
+const TO_RECEIVE: Direction = Direction { to_peer: true, far_kind: copy_kind::RECV };
+
+/// Takes `request` as far as it gets; `progress` carries what earlier calls did.
+pub fn execute<M: PeerMemory>(
+    request: &Request<'_>,
+    progress: &mut Progress,
+    env: &mut Env<'_, M>,
+) -> Outcome {
+    let mut gathered = Gathered::default();
+    if let Err(status) = gathered.gather(request, &env.local) {
+        abandon(progress, env);
+        return Outcome::failed(status);
+    }
+    if let Target::Datagram(dest) = request.target {
+        return datagram(request, &dest, &mut gathered, env);
+    }
+    let Some(peer) = env.peer else { return Outcome::Absent };
+    // Announced before the first look at state or keys: whoever changes them waits for us.
+    let _in_flight = peer.qp.enter();
+    if !serves(&peer, env.qpn) {
+        return Outcome::Absent;
+    }
+    match request.target {
+        Target::Memory { addr, rkey } if request.op == SendOp::Read => {
+            read(addr, rkey, &gathered, progress, &peer, env)
+        }
+        Target::Memory { addr, rkey } => write(request, addr, rkey, &gathered, progress, &peer, env),
+        Target::Atomic { .. } => atomic(request, &gathered, &peer, env),
+        Target::Receive | Target::Datagram(_) => send(request, &gathered, progress, &peer, env),
+    }
+}
+
+/// Does the peer serve requests of `qpn`?
+fn serves(peer: &Peer<'_>, qpn: u32) -> bool {
+    let state = QpState::try_from(peer.qp.state.load(Ordering::Acquire));
+    state.is_ok_and(QpState::receives)
+        && peer.qp.qpn.load(Ordering::Relaxed) == peer.qpn
+        && peer.qp.peer_qpn.load(Ordering::Relaxed) == qpn
+}
+
+/// Gives a half-filled receive back when its sender failed locally.
+fn abandon<M>(progress: &mut Progress, env: &Env<'_, M>) {
+    let (Some(suspended), Some(peer)) = (progress.claim.take(), env.peer) else { return };
+    if let Some(claim) = Claim::resume(peer.rq, suspended, env.client) {
+        claim.release(&peer.qp.head);
+    }
+}
+
+/// The poster's buffers, checked.
+#[derive(Default)]
+struct Gathered {
+    list: ArrayVec<Local, MAX_LOCAL>,
+    total: u64,
+}
+
+impl Gathered {
+    fn gather(&mut self, request: &Request<'_>, table: &LocalTable<'_>) -> Result<(), WcStatus> {
+        let need = if request.op.writes_locally() { Access::LOCAL_WRITE } else { Access::empty() };
+        let inline = request.flags.contains(SendFlags::INLINE);
+        for sge in request.sges {
+            let va = if inline { sge.addr } else { table.check(sge, need).ok_or(WcStatus::LocProtErr)? };
+            self.push(va, u64::from(sge.length));
+        }
+        let limit = if matches!(request.target, Target::Datagram(_)) {
+            u64::from(limits::MTU)
+        } else {
+            limits::MESSAGE
+        };
+        if self.total > limit { Err(WcStatus::LocLenErr) } else { Ok(()) }
+    }
+
+    fn push(&mut self, va: u64, len: u64) {
+        // The queue's max_send_sge keeps the list within MAX_LOCAL.
+        if len > 0 && self.list.try_push(Local { va, len }).is_ok() {
+            self.total += len;
+        }
+    }
+
+    /// The bytes, if they fit into a receive slot.
+    fn small(&self) -> Option<([u8; INLINE_BYTES], usize)> {
+        let total = usize::try_from(self.total).ok().filter(|t| *t <= INLINE_BYTES)?;
+        let mut bytes = [0; INLINE_BYTES];
+        let mut at = 0;
+        for part in &self.list {
+            let here = LocalBytes { addr: part.va, len: part.len as usize };
+            // SAFETY: the bytes live on this stack until the copy is done; at + len <= total.
+            let to = unsafe { SharedBytes::new(bytes[at..].as_mut_ptr(), here.len) };
+            // SAFETY: the part was checked to be this process's registered (or inline) memory.
+            unsafe { copy_in(to, here) };
+            at += part.len as usize;
+        }
+        Some((bytes, total))
+    }
+}
+
+/// A violation of the peer's rules: both QPs go to error.
+fn violation<M: PeerMemory>(env: &mut Env<'_, M>, status: WcStatus) -> Outcome {
+    env.memory.fault();
+    Outcome::failed(status)
+}
+
+/// The peer's memory behind an rkey, if MR and QP both allow `need`.
+fn target<'a>(peer: &Peer<'a>, rkey: u32, need: Access, iova: u64, len: u64) -> Option<Remote<'a>> {
+    let granted = Access::from_bits_truncate(peer.qp.access.load(Ordering::Relaxed));
+    if !granted.contains(need) {
+        return None;
+    }
+    let (entry, va) = peer.check(rkey, need, iova, len)?;
+    Some(Remote { entry, key: rkey, iova, va, len })
+}
+
+fn write<M: PeerMemory>(
+    request: &Request<'_>,
+    addr: u64,
+    rkey: u32,
+    from: &Gathered,
+    progress: &mut Progress,
+    peer: &Peer<'_>,
+    env: &mut Env<'_, M>,
+) -> Outcome {
+    let with_imm = request.op == SendOp::WriteImm;
+    let mut remote = None;
+    if from.total > 0 {
+        remote = target(peer, rkey, Access::REMOTE_WRITE, addr, from.total);
+        if remote.is_none() {
+            abandon(progress, env);
+            return violation(env, WcStatus::RemAccessErr);
+        }
+    }
+    let claim = if with_imm { Some(take_receive(progress, peer, env)) } else { None };
+    let claim = match claim {
+        Some(None) => return Outcome::Rnr,
+        Some(claim) => claim,
+        None => None,
+    };
+    let moved = pump(env.memory, TO_PEER, &from.list, remote.as_slice(), progress.moved, env.budget);
+    match finish(moved, from.total, progress, claim, peer, env) {
+        Err(outcome) => outcome,
+        Ok(claim) => {
+            QpShared::count(&peer.qp.rx_bytes, from.total);
+            if let Some(claim) = claim {
+                let done = Completion {
+                    status: WcStatus::Success as u8,
+                    opcode: WcOpcode::RecvRdmaWithImm as u8,
+                    flags: flags_of(request),
+                    byte_len: from.total as u32,
+                    imm: request.imm,
+                    src_qp: env.qpn,
+                };
+                deliver(claim, &done, peer, env.memory);
+            }
+            Outcome::Done { status: WcStatus::Success, byte_len: from.total as u32 }
+        }
+    }
+}
+
+/// After a pump: all moved (with the claim to complete), more to do, or the key is gone.
+fn finish<'a, M: PeerMemory>(
+    moved: Result<u64, Unreachable>,
+    total: u64,
+    progress: &mut Progress,
+    claim: Option<Claim<'a>>,
+    peer: &Peer<'_>,
+    env: &mut Env<'_, M>,
+) -> Result<Option<Claim<'a>>, Outcome> {
+    match moved {
+        Err(Unreachable) => {
+            if let Some(claim) = claim {
+                claim.release(&peer.qp.head);
+            }
+            Err(violation(env, WcStatus::RemAccessErr))
+        }
+        Ok(step) => {
+            progress.moved += step;
+            if progress.moved < total {
+                progress.claim = claim.map(Claim::suspend);
+                return Err(Outcome::Again);
+            }
+            Ok(claim)
+        }
+    }
+}
+
+fn read<M: PeerMemory>(
+    addr: u64,
+    rkey: u32,
+    to: &Gathered,
+    progress: &mut Progress,
+    peer: &Peer<'_>,
+    env: &mut Env<'_, M>,
+) -> Outcome {
+    if to.total == 0 {
+        return Outcome::Done { status: WcStatus::Success, byte_len: 0 };
+    }
+    let Some(remote) = target(peer, rkey, Access::REMOTE_READ, addr, to.total) else {
+        return violation(env, WcStatus::RemAccessErr);
+    };
+    let moved = pump(env.memory, FROM_PEER, &to.list, &[remote], progress.moved, env.budget);
+    match finish(moved, to.total, progress, None, peer, env) {
+        Err(outcome) => outcome,
+        Ok(_) => Outcome::Done { status: WcStatus::Success, byte_len: to.total as u32 },
+    }
+}
+
+fn atomic<M: PeerMemory>(
+    request: &Request<'_>,
+    to: &Gathered,
+    peer: &Peer<'_>,
+    env: &mut Env<'_, M>,
+) -> Outcome {
+    let Target::Atomic { addr, rkey, compare_add, swap } = request.target else {
+        return Outcome::failed(WcStatus::LocQpOpErr);
+    };
+    if to.total != 8 {
+        return Outcome::failed(WcStatus::LocLenErr);
+    }
+    if addr % 8 != 0 {
+        return violation(env, WcStatus::RemInvReqErr);
+    }
+    let reached = target(peer, rkey, Access::REMOTE_ATOMIC, addr, 8)
+        .map(|remote| env.memory.reach(remote.entry, rkey, remote.va, 8));
+    // Registration grants REMOTE_ATOMIC only where the pages moved, so far memory does not get here honestly.
+    let Some(Reach::Here(bytes)) = reached else { return violation(env, WcStatus::RemAccessErr) };
+    let Some(word) = crate::shm::atomic_word(&bytes) else { return violation(env, WcStatus::RemInvReqErr) };
+    let old = apply(word, request.op, compare_add, swap);
+    scatter_old(old, to);
+    Outcome::Done { status: WcStatus::Success, byte_len: 8 }
+}
+
+fn apply(word: &AtomicU64, op: SendOp, compare_add: u64, swap: u64) -> u64 {
+    if op == SendOp::FetchAdd {
+        return word.fetch_add(compare_add, Ordering::SeqCst);
+    }
+    match word.compare_exchange(compare_add, swap, Ordering::SeqCst, Ordering::SeqCst) {
+        Ok(old) | Err(old) => old,
+    }
+}
+
+/// Writes the old value into the poster's buffers.
+fn scatter_old(old: u64, to: &Gathered) {
+    let mut bytes = old.to_ne_bytes();
+    let mut at = 0;
+    for part in &to.list {
+        let len = part.len as usize;
+        // SAFETY: the bytes live on this stack until the copy is done; the parts add up to 8.
+        let from = unsafe { SharedBytes::new(bytes[at..].as_mut_ptr(), len) };
+        // SAFETY: `part` was checked for LOCAL_WRITE.
+        unsafe { copy_out(LocalBytes { addr: part.va, len }, from) };
+        at += len;
+    }
+}
+
+/// Claims a receive, or takes up the one of an earlier call.
+fn take_receive<'a, M>(progress: &mut Progress, peer: &Peer<'a>, env: &Env<'_, M>) -> Option<Claim<'a>> {
+    let resumed = progress.claim.take().and_then(|s| Claim::resume(peer.rq, s, env.client));
+    if resumed.is_none() {
+        progress.moved = 0;
+    }
+    resumed.or_else(|| peer.rq.claim(&peer.qp.head, env.client))
+}
+
+fn flags_of(request: &Request<'_>) -> u8 {
+    let imm = if request.op.has_imm() { wc_flags::WITH_IMM as u8 } else { 0 };
+    let solicited = if request.flags.contains(SendFlags::SOLICITED) { Completion::SOLICITED } else { 0 };
+    imm | solicited
+}
+
+fn send<M: PeerMemory>(
+    request: &Request<'_>,
+    from: &Gathered,
+    progress: &mut Progress,
+    peer: &Peer<'_>,
+    env: &mut Env<'_, M>,
+) -> Outcome {
+    let Some(claim) = take_receive(progress, peer, env) else { return Outcome::Rnr };
+    let mut done = Completion {
+        status: WcStatus::Success as u8,
+        opcode: WcOpcode::Recv as u8,
+        flags: flags_of(request),
+        byte_len: from.total as u32,
+        imm: request.imm,
+        src_qp: env.qpn,
+    };
+    let into = match scatter(&claim, peer, from.total) {
+        Ok(into) => into,
+        Err((theirs, ours)) => {
+            done.status = theirs as u8;
+            deliver(claim, &done, peer, env.memory);
+            return Outcome::failed(ours);
+        }
+    };
+    let claim = if let Some((bytes, len)) = from.small() {
+        claim.write_inline(&bytes[..len]);
+        done.flags |= Completion::INLINE;
+        claim
+    } else {
+        let moved = pump(env.memory, TO_RECEIVE, &from.list, &into, progress.moved, env.budget);
+        match finish(moved, from.total, progress, Some(claim), peer, env) {
+            Ok(Some(claim)) => claim,
+            Ok(None) => return Outcome::failed(WcStatus::LocQpOpErr),
+            Err(outcome) => return outcome,
+        }
+    };
+    QpShared::count(&peer.qp.rx_bytes, from.total);
+    deliver(claim, &done, peer, env.memory);
+    Outcome::Done { status: WcStatus::Success, byte_len: from.total as u32 }
+}
+
+/// The receiver's buffers.
+type Scattered<'a> = ArrayVec<Remote<'a>, MAX_SGE>;
+
+/// Checks the claimed receive's list as far as `total` bytes need it. An error is what (receiver, sender) complete with.
+fn scatter<'a>(
+    claim: &Claim<'_>,
+    peer: &Peer<'a>,
+    total: u64,
+) -> Result<Scattered<'a>, (WcStatus, WcStatus)> {
+    let mut sges = [Sge::default(); MAX_SGE];
+    let count = claim.read_sges(&mut sges);
+    let mut scattered = Scattered::new();
+    let mut room = 0;
+    for sge in sges[..count].iter().filter(|sge| sge.length > 0) {
+        if room >= total {
+            break;
+        }
+        let len = u64::from(sge.length);
+        let (entry, va) = peer
+            .check(sge.lkey, Access::LOCAL_WRITE, sge.addr, len)
+            .ok_or((WcStatus::LocProtErr, WcStatus::RemOpErr))?;
+        scattered.push(Remote { entry, key: sge.lkey, iova: sge.addr, va, len });
+        room += len;
+    }
+    if room < total { Err((WcStatus::LocLenErr, WcStatus::RemInvReqErr)) } else { Ok(scattered) }
+}
+
+/// Completes the receive and wakes its owner if that is wanted.
+fn deliver<M: PeerMemory>(claim: Claim<'_>, done: &Completion, peer: &Peer<'_>, memory: &mut M) {
+    let solicited = done.flags & Completion::SOLICITED != 0 || done.status != WcStatus::Success as u8;
+    claim.complete(done);
+    if peer.cq.completed(Some(peer.cq_bit), solicited) == Ring::Bell {
+        memory.bell();
+    }
+}
+
+/// A datagram is delivered whole or not at all, and always succeeds here.
+fn datagram<M: PeerMemory>(
+    request: &Request<'_>,
+    dest: &UdDest,
+    payload: &mut Gathered,
+    env: &mut Env<'_, M>,
+) -> Outcome {
+    let sent = Outcome::Done { status: WcStatus::Success, byte_len: payload.total as u32 };
+    let Some(peer) = env.peer else { return sent };
+    let state = QpState::try_from(peer.qp.state.load(Ordering::Acquire));
+    let serves = state.is_ok_and(QpState::receives) && peer.qp.qpn.load(Ordering::Relaxed) == dest.qpn;
+    if !serves || peer.qp.qkey.load(Ordering::Relaxed) != dest.qkey {
+        return sent;
+    }
+    let Some(claim) = peer.rq.claim(&peer.qp.head, env.client) else { return sent };
+    let header = grh(env.gid, dest.dgid, payload.total as u32, dest.traffic_class, dest.hop_limit);
+    let mut whole = Gathered::default();
+    whole.push(header.as_ptr() as u64, header.len() as u64);
+    for part in &payload.list {
+        whole.push(part.va, part.len);
+    }
+    let Ok(into) = scatter(&claim, &peer, whole.total) else {
+        claim.release(&peer.qp.head);
+        return sent;
+    };
+    if pump(env.memory, TO_RECEIVE, &whole.list, &into, 0, whole.total).is_err() {
+        claim.release(&peer.qp.head);
+        return sent;
+    }
+    let done = Completion {
+        status: WcStatus::Success as u8,
+        opcode: WcOpcode::Recv as u8,
+        flags: flags_of(request) | wc_flags::GRH as u8,
+        byte_len: whole.total as u32,
+        imm: request.imm,
+        src_qp: env.qpn,
+    };
+    deliver(claim, &done, &peer, env.memory);
+    sent
+}
