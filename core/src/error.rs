@@ -33,6 +33,9 @@ pub enum Error {
     /// A buffer that is not (wholly) the program's.
     #[error("bad address range {addr:#x}+{len:#x}: {why}")]
     BadAddress { addr: u64, len: u64, why: &'static str },
+    /// Memory that cannot be registered.
+    #[error("{why}")]
+    Memory { errno: Errno, why: String },
     /// A system call failed.
     #[error("{what}: {errno}")]
     System { what: &'static str, errno: Errno },
@@ -49,7 +52,9 @@ impl Error {
         match self {
             Error::NoRouter { .. } | Error::Version { .. } => Errno::NODEV,
             Error::Disconnected(_) => Errno::IO,
-            Error::Refused { errno, .. } | Error::System { errno, .. } => *errno,
+            Error::Refused { errno, .. } | Error::System { errno, .. } | Error::Memory { errno, .. } => {
+                *errno
+            }
             Error::Invalid(_) => Errno::INVAL,
             Error::Unsupported(_) => Errno::OPNOTSUPP,
             Error::NoRoom(_) => Errno::NOMEM,

@@ -1,1 +1,30 @@
-//! client
+//! The program's side of the virtual NIC: contexts, protection domains, memory regions, queues.
+//!
+//! The doors translate to this; it knows the router ([`Conn`]), shared memory and the executor, and never a C struct.
+//! Control-path calls are requests to the router; data-path calls (post, poll, arm) touch memory only.
+
+mod ah;
+mod channel;
+mod conn;
+mod context;
+mod cq;
+mod events;
+mod fork;
+mod helper;
+mod lanes;
+pub mod mem;
+mod path;
+mod pd;
+mod peers;
+mod qp;
+mod slab;
+mod stall;
+
+pub use ah::Ah;
+pub use channel::Channel;
+pub use conn::{Conn, Opened, socket_candidates};
+pub use context::{Context, DeviceInfo, available};
+pub use cq::Cq;
+pub use events::{AsyncEvent, AsyncKind};
+pub use pd::{Mr, Pd};
+pub use qp::{Qp, QpInit, SendWr};

@@ -89,6 +89,20 @@ impl CqShared {
             && self.flags.fetch_and(!RUNG, Ordering::AcqRel) & RUNG != 0
     }
 
+    /// Owner: is a ring waiting to be taken?
+    pub fn is_rung(&self) -> bool {
+        self.flags.load(Ordering::Relaxed) & RUNG != 0
+    }
+
+    /// Owner: makes the memory of an earlier CQ this one's.
+    pub fn reset(&self) {
+        self.flags.store(0, Ordering::Relaxed);
+        self.summary.store(0, Ordering::Relaxed);
+        for word in &self.words {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Owner: from now on senders mark the dirty map. The caller must scan all queues once afterwards.
     pub fn map(&self) {
         self.flags.fetch_or(MAPPED, Ordering::AcqRel);

@@ -40,6 +40,24 @@ pub struct QpShared {
 const _: () = assert!(size_of::<QpShared>() == 256);
 
 impl QpShared {
+    /// Owner: makes the memory of an earlier QP this one's. `head` belongs to the receive queue.
+    pub fn reset(&self) {
+        for word in [
+            &self.state,
+            &self.peer_qpn,
+            &self.qkey,
+            &self.access,
+            &self.rnr_timer,
+            &self.qpn,
+            &self.rnr_waiting,
+        ] {
+            word.store(0, Ordering::Relaxed);
+        }
+        for word in [&self.in_flight, &self.rx_bytes, &self.tx_bytes, &self.errors] {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Sender: a send found no receive. The caller looks once more afterwards: one may have been posted meanwhile, and
     /// nobody would tell.
     pub fn wait_for_receive(&self) {

@@ -1,0 +1,102 @@
+//! Completion channels: a descriptor that becomes readable when an armed CQ has something.
+//!
+//! The program's descriptor is a private epoll around the bell; peers only ever hold the bell, so nothing they do to it
+//! (filling it, changing its flags) reaches the program's descriptor beyond a spurious wake.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
+use rustix::fs::{OFlags, fcntl_getfl};
+use rustix::io::Errno;
+
+use crate::ctl::{CreateChannel, DestroyChannel};
+use crate::error::{Error, Result};
+
+use super::context::Context;
+use super::cq::Cq;
+use super::stall::Stall;
+
+/// A completion channel.
+#[derive(Debug)]
+pub struct Channel {
+    pub(super) id: u32,
+    pub(super) context: Arc<Context>,
+    bell: OwnedFd,
+    epoll: OwnedFd,
+    cqs: Mutex<Vec<Weak<Cq>>>,
+}
+
+impl Context {
+    /// ibv_create_comp_channel(3).
+    pub fn create_channel(self: &Arc<Self>) -> Result<Arc<Channel>> {
+        let bell =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::system("epoll_create"))?;
+        epoll::add(&epoll, &bell, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+            .map_err(Error::system("epoll_ctl"))?;
+        let id = self.conn.call(&CreateChannel {}, &[bell.as_fd()])?.0.id;
+        let context = Arc::clone(self);
+        Ok(Arc::new(Channel { id, context, bell, epoll, cqs: Mutex::default() }))
+    }
+}
+
+impl Channel {
+    /// What the program polls.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+
+    pub(super) fn attach(&self, cq: Weak<Cq>) {
+        self.cqs.lock().unwrap_or_else(PoisonError::into_inner).push(cq);
+    }
+
+    pub(super) fn detach(&self, cq: &Cq) {
+        let mut cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
+        cqs.retain(|weak| !std::ptr::eq(weak.as_ptr(), cq));
+    }
+
+    pub(super) fn ring(&self) {
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    /// ibv_get_cq_event(3): waits for a CQ that rang and returns its cookie. EAGAIN if the program made the descriptor
+    /// non-blocking.
+    pub fn next_event(&self) -> Result<u64> {
+        loop {
+            // Emptied before looking: a ring after the look fills it again.
+            let _ = rustix::io::read(&self.bell, &mut [0u8; 8]);
+            if let Some(cookie) = self.take_rung() {
+                return Ok(cookie);
+            }
+            if self.context.stalled.progress(true).contains(&Stall::More) {
+                continue; // a large copy of this process is on its way: finish it here instead of sleeping
+            }
+            let flags = fcntl_getfl(&self.epoll).map_err(Error::system("fcntl of the channel"))?;
+            if flags.contains(OFlags::NONBLOCK) {
+                return Err(Error::System { what: "no completion event", errno: Errno::AGAIN });
+            }
+            let mut fds = [PollFd::new(&self.epoll, PollFlags::IN)];
+            poll(&mut fds, None).map_err(Error::system("poll of the channel"))?;
+        }
+    }
+
+    /// One CQ that rang. If more did, the bell is rung for the next call.
+    fn take_rung(&self) -> Option<u64> {
+        let cqs: Vec<Arc<Cq>> = {
+            let cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
+            cqs.iter().filter_map(Weak::upgrade).collect()
+        };
+        let index = cqs.iter().position(|cq| cq.take_rung())?;
+        if cqs[index + 1..].iter().any(|cq| cq.is_rung()) {
+            self.ring();
+        }
+        Some(cqs[index].cookie())
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        let _ = self.context.conn.ask(&DestroyChannel { channel: self.id });
+    }
+}

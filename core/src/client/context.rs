@@ -1,0 +1,110 @@
+//! An open device: one connection to the router and everything made over it.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use crate::ctl::{Limits, purpose};
+use crate::error::{Error, Result};
+use crate::ring::{MR_SLOTS, MrEntry};
+use crate::shm::{Mapping, View};
+use crate::verbs::Gid;
+
+use super::conn::{Conn, Opened};
+use super::events::{AsyncEvent, AsyncQueue};
+use super::fork;
+use super::helper::Helper;
+use super::peers::Peers;
+use super::qp::Qp;
+use super::slab::Slabs;
+use super::stall::Stalled;
+
+/// What is known of the device without opening it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceInfo {
+    pub vip: Gid,
+}
+
+/// The device, if a router answers.
+pub fn available() -> Result<DeviceInfo> {
+    let opened = Conn::open(purpose::CM)?;
+    fork::forget(opened.events.as_fd());
+    Ok(DeviceInfo { vip: Gid(opened.conn.hello.vip) })
+}
+
+/// An open device.
+#[derive(Debug)]
+pub struct Context {
+    pub(super) conn: Conn,
+    pub(super) slabs: Slabs,
+    pub(super) peers: Peers,
+    pub(super) mrs: View<MrEntry>,
+    pub(super) qps: Mutex<HashMap<u32, Weak<Qp>>>,
+    pub(super) stalled: Stalled,
+    pub(super) events: AsyncQueue,
+    pub(super) helper: Helper,
+}
+
+impl Context {
+    /// Connects to the router and starts the helper thread.
+    pub fn open() -> Result<Arc<Context>> {
+        fork::adopt();
+        let Opened { conn, events, mut fds } = Conn::open(purpose::VERBS)?;
+        let table = fds.next().ok_or_else(|| Error::Disconnected("no MR table came with Hello".into()))?;
+        let table = Mapping::new(table, 0, MR_SLOTS * size_of::<MrEntry>(), true);
+        let table = Arc::new(table.map_err(Error::system("mmap of the MR table"))?);
+        table.dont_fork();
+        let mrs = View::new(table, 0, MR_SLOTS).ok_or(Error::Invalid("MR table size"))?;
+        let context = Arc::new(Context {
+            conn,
+            slabs: Slabs::default(),
+            peers: Peers::default(),
+            mrs,
+            qps: Mutex::default(),
+            stalled: Stalled::default(),
+            events: AsyncQueue::new()?,
+            helper: Helper::new(events)?,
+        });
+        context.helper.start(Arc::downgrade(&context))?;
+        Ok(context)
+    }
+
+    /// Quotas and limits of this container.
+    pub fn limits(&self) -> &Limits {
+        &self.conn.hello.limits
+    }
+
+    /// The GID: this container's address.
+    pub fn gid(&self) -> Gid {
+        Gid(self.conn.hello.vip)
+    }
+
+    /// A number that is this context's on this host while the router lives.
+    pub fn id(&self) -> u32 {
+        self.conn.hello.client
+    }
+
+    /// Readable while an asynchronous event waits.
+    pub fn async_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    /// Waits for the next asynchronous event.
+    pub fn next_async_event(&self) -> Result<AsyncEvent> {
+        self.events.next()
+    }
+
+    pub(super) fn qp(&self, qpn: u32) -> Option<Arc<Qp>> {
+        self.qps.lock().unwrap_or_else(PoisonError::into_inner).get(&qpn)?.upgrade()
+    }
+
+    pub(super) fn all_qps(&self) -> Vec<Arc<Qp>> {
+        self.qps.lock().unwrap_or_else(PoisonError::into_inner).values().filter_map(Weak::upgrade).collect()
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        self.helper.stop();
+    }
+}

@@ -1,0 +1,236 @@
+//! Completion queues.
+//!
+//! With few lanes, poll looks at each; with more than [`SCAN_LIMIT`] it asks peers to mark a dirty map and looks only
+//! where something happened.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::ctl::{CreateCq, DestroyCq};
+use crate::error::{Error, Result};
+use crate::exec::LocalTable;
+use crate::ring::cq::DIRTY_BITS;
+use crate::ring::{CqShared, Ring};
+use crate::shm::View;
+use crate::verbs::Wc;
+
+use super::channel::Channel;
+use super::context::Context;
+use super::lanes::Lanes;
+use super::slab::{Block, BlockKind};
+
+/// Lanes up to which polling all of them is cheaper than asking peers to mark.
+const SCAN_LIMIT: usize = 8;
+
+/// A completion queue.
+#[derive(Debug)]
+pub struct Cq {
+    pub(super) context: Arc<Context>,
+    pub(super) id: u32,
+    pub(super) shared: View<CqShared>,
+    channel: Option<Arc<Channel>>,
+    block: Block,
+    cookie: u64,
+    cqe: u32,
+    inner: Mutex<Inner>,
+}
+
+/// A QP attached here, once or as both of its lanes.
+#[derive(Debug, Clone)]
+struct Feed {
+    lanes: Arc<Lanes>,
+    pd: u32,
+    send: bool,
+    recv: bool,
+    /// On the ready list.
+    listed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// Indexed by dirty bit while there are no more feeds than bits; holes are reused.
+    feeds: Vec<Option<Feed>>,
+    count: usize,
+    mapped: bool,
+    ready: VecDeque<usize>,
+    /// Where the next scan starts, so that a busy lane does not starve the others.
+    start: usize,
+}
+
+impl Context {
+    /// ibv_create_cq(3). `cookie` comes back with events.
+    pub fn create_cq(
+        self: &Arc<Self>,
+        cqe: u32,
+        cookie: u64,
+        channel: Option<Arc<Channel>>,
+    ) -> Result<Arc<Cq>> {
+        if cqe == 0 || cqe > self.limits().max_cqe {
+            return Err(Error::Invalid("cqe must be between 1 and max_cqe"));
+        }
+        let block = self.slabs.allocate(&self.conn, BlockKind::Cq, size_of::<CqShared>() as u64)?;
+        let shared = View::<CqShared>::new(Arc::clone(&block.map), block.offset, 1);
+        let shared = shared.ok_or(Error::NoRoom("queue memory"))?;
+        shared[0].reset();
+        let id = channel.as_ref().map_or(0, |c| c.id);
+        let request = CreateCq { channel: id, slab: block.slab, off: block.offset as u32, _pad: 0 };
+        let id = match self.conn.ask(&request) {
+            Ok(reply) => reply.id,
+            Err(error) => {
+                self.slabs.free(block);
+                return Err(error);
+            }
+        };
+        let context = Arc::clone(self);
+        let cq = Arc::new(Cq { context, id, shared, channel, block, cookie, cqe, inner: Mutex::default() });
+        if let Some(channel) = &cq.channel {
+            channel.attach(Arc::downgrade(&cq));
+        }
+        Ok(cq)
+    }
+}
+
+impl Cq {
+    /// Capacity promised.
+    pub fn cqe(&self) -> u32 {
+        self.cqe
+    }
+
+    pub fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    /// ibv_poll_cq(3): fills `out` from the front, returns how many.
+    pub fn poll(&self, out: &mut [Wc]) -> usize {
+        if self.context.stalled.any() {
+            self.context.stalled.progress(false);
+        }
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.mapped { self.poll_dirty(&mut inner, out) } else { self.scan(&mut inner, out) }
+    }
+
+    fn scan(&self, inner: &mut Inner, out: &mut [Wc]) -> usize {
+        let feeds = inner.feeds.len();
+        let mut filled = 0;
+        for step in 0..feeds {
+            let index = (inner.start + step) % feeds;
+            if let Some(feed) = &inner.feeds[index] {
+                filled += self.drain(feed, &mut out[filled..]);
+            }
+            if filled == out.len() {
+                inner.start = index + 1;
+                break;
+            }
+        }
+        filled
+    }
+
+    fn poll_dirty(&self, inner: &mut Inner, out: &mut [Wc]) -> usize {
+        let Inner { feeds, ready, .. } = inner;
+        self.shared[0].drain_dirty(|bit| {
+            for index in (bit as usize..feeds.len()).step_by(DIRTY_BITS as usize) {
+                if let Some(feed) = feeds[index].as_mut().filter(|feed| !feed.listed) {
+                    feed.listed = true;
+                    ready.push_back(index);
+                }
+            }
+        });
+        let mut filled = 0;
+        while filled < out.len() {
+            let Some(index) = ready.pop_front() else { break };
+            let Some(feed) = feeds[index].as_mut() else { continue };
+            filled += self.drain(feed, &mut out[filled..]);
+            if filled == out.len() {
+                ready.push_back(index); // it may have more
+            } else {
+                feed.listed = false;
+            }
+        }
+        filled
+    }
+
+    fn drain(&self, feed: &Feed, out: &mut [Wc]) -> usize {
+        let table = LocalTable::new(&self.context.mrs, feed.pd);
+        let mut filled = 0;
+        while let Some(slot) = out.get_mut(filled) {
+            let send = if feed.send { feed.lanes.poll_send() } else { None };
+            let next = send.or_else(|| if feed.recv { feed.lanes.poll_recv(&table) } else { None });
+            let Some(wc) = next else { break };
+            *slot = wc;
+            filled += 1;
+        }
+        filled
+    }
+
+    /// ibv_req_notify_cq(3).
+    pub fn arm(&self, solicited_only: bool) {
+        self.shared[0].arm(solicited_only);
+    }
+
+    pub(super) fn take_rung(&self) -> bool {
+        self.shared[0].take_rung()
+    }
+
+    pub(super) fn is_rung(&self) -> bool {
+        self.shared[0].is_rung()
+    }
+
+    /// A completion of this process's own making is visible on the lane with dirty bit `bit`.
+    pub(super) fn completed(&self, bit: u32, solicited: bool) {
+        let ring = self.shared[0].completed(Some(bit), solicited);
+        if let (Ring::Bell, Some(channel)) = (ring, &self.channel) {
+            channel.ring();
+        }
+    }
+
+    /// Attaches a QP's lanes. A QP that has this CQ for both lanes is attached once.
+    pub(super) fn attach(&self, lanes: &Arc<Lanes>, pd: u32, send: bool, recv: bool) -> u32 {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = inner.feeds.iter().position(Option::is_none).unwrap_or_else(|| {
+            inner.feeds.push(None);
+            inner.feeds.len() - 1
+        });
+        let bit = index as u32 % DIRTY_BITS;
+        inner.feeds[index] = Some(Feed { lanes: Arc::clone(lanes), pd, send, recv, listed: false });
+        inner.count += 1;
+        if inner.count > SCAN_LIMIT && !inner.mapped {
+            inner.mapped = true;
+            self.shared[0].map();
+            let Inner { feeds, ready, .. } = &mut *inner;
+            for (index, feed) in feeds.iter_mut().enumerate() {
+                if let Some(feed) = feed {
+                    feed.listed = true;
+                    ready.push_back(index);
+                }
+            }
+        }
+        bit
+    }
+
+    /// Detaches a QP; its completions that were not polled are gone, as ibv_destroy_qp(3) says.
+    pub(super) fn detach(&self, lanes: &Arc<Lanes>) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        for feed in &mut inner.feeds {
+            if feed.as_ref().is_some_and(|feed| Arc::ptr_eq(&feed.lanes, lanes)) {
+                *feed = None;
+            }
+        }
+        inner.count = inner.feeds.iter().flatten().count();
+    }
+
+    /// Runs `change` while nobody polls this CQ.
+    pub(super) fn paused<T>(&self, change: impl FnOnce() -> T) -> T {
+        let _inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        change()
+    }
+}
+
+impl Drop for Cq {
+    fn drop(&mut self) {
+        if let Some(channel) = &self.channel {
+            channel.detach(self);
+        }
+        let _ = self.context.conn.ask(&DestroyCq { cq: self.id });
+        self.context.slabs.free(self.block.clone());
+    }
+}

@@ -1,0 +1,197 @@
+//! The helper thread: hears the router, and moves stalled send queues on while the program sleeps.
+//!
+//! It sleeps in poll(2) on the event socket and its own bell. With stalled queues it wakes at their deadlines, or, when
+//! bytes remain to be copied, after [`GRACE`]: a program that polls is faster than that and leaves nothing to do.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::net::RecvFlags;
+
+use crate::ctl::{
+    ClientGone, Incoming, PeerFault, PeerGone, PeerLeft, PeerProgress, PeerReady, Socket, SocketError,
+};
+use crate::error::{Error, Result};
+
+use super::context::Context;
+use super::events::{AsyncEvent, AsyncKind};
+use super::fork;
+use super::stall::Stall;
+
+/// How long a polling program has the copying to itself.
+const GRACE: Duration = Duration::from_millis(1);
+
+/// The helper thread's handle.
+#[derive(Debug)]
+pub struct Helper {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    events: Socket,
+    bell: OwnedFd,
+    stop: AtomicBool,
+    /// It looks at stalled queues by itself: no need to ring.
+    watching: AtomicBool,
+}
+
+impl Helper {
+    pub fn new(events: Socket) -> Result<Self> {
+        let bell =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
+        fork::neutralize_in_child(bell.as_fd());
+        let shared = Shared { events, bell, stop: AtomicBool::new(false), watching: AtomicBool::new(false) };
+        Ok(Helper { shared: Arc::new(shared), thread: Mutex::new(None) })
+    }
+
+    /// Starts the thread, with all signals blocked: they are the program's.
+    pub fn start(&self, context: Weak<Context>) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let masked = SignalMask::block_all();
+        let thread = std::thread::Builder::new()
+            .name("freeflow".into())
+            .stack_size(256 * 1024)
+            .spawn(move || run(&shared, &context));
+        drop(masked);
+        let thread = thread.map_err(|e| Error::System {
+            what: "start of the helper thread",
+            errno: rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::AGAIN),
+        })?;
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+
+    /// A queue stalled: makes sure that the helper watches.
+    pub fn watch(&self) {
+        if !self.shared.watching.swap(true, Ordering::SeqCst) {
+            self.ring();
+        }
+    }
+
+    fn ring(&self) {
+        let _ = rustix::io::write(&self.shared.bell, &1u64.to_ne_bytes());
+    }
+
+    /// Ends the thread and waits for it.
+    pub fn stop(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        fork::forget(self.shared.events.as_fd());
+        fork::forget(self.shared.bell.as_fd());
+        let Some(thread) = thread else { return };
+        self.shared.stop.store(true, Ordering::Release);
+        self.ring();
+        // In a forked child the thread does not exist; on the helper itself (it held the last reference) it is ending.
+        if !fork::in_child() && thread.thread().id() != std::thread::current().id() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Blocks all signals in this thread until dropped; threads made meanwhile inherit the mask.
+struct SignalMask(libc::sigset_t);
+
+impl SignalMask {
+    fn block_all() -> Self {
+        // SAFETY: sigset_t is plain data; sigfillset overwrites it.
+        let mut all: libc::sigset_t = unsafe { std::mem::zeroed() };
+        let mut old = all;
+        // SAFETY: a valid sigset_t.
+        unsafe { libc::sigfillset(&mut all) };
+        // SAFETY: valid sets; changes only this thread's mask.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old) };
+        SignalMask(old)
+    }
+}
+
+impl Drop for SignalMask {
+    fn drop(&mut self) {
+        // SAFETY: the mask that was in force before.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+    }
+}
+
+fn run(shared: &Shared, context: &Weak<Context>) {
+    let mut timeout = None;
+    while !shared.stop.load(Ordering::Acquire) {
+        let mut fds = [PollFd::new(&shared.events, PollFlags::IN), PollFd::new(&shared.bell, PollFlags::IN)];
+        let spec = timeout
+            .map(|t: Duration| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
+        let _ = poll(&mut fds, spec.as_ref());
+        let (heard, rung) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
+        if rung {
+            let _ = rustix::io::read(&shared.bell, &mut [0u8; 8]);
+        }
+        let Some(context) = context.upgrade() else { return };
+        if heard && !hear(shared, &context) {
+            router_gone(&context);
+            return;
+        }
+        timeout = watch(shared, &context, rung);
+    }
+}
+
+/// Moves stalled queues on; returns when to look again.
+fn watch(shared: &Shared, context: &Arc<Context>, fresh: bool) -> Option<Duration> {
+    if fresh {
+        return Some(GRACE);
+    }
+    let seen = context.stalled.generation();
+    let now = Instant::now();
+    let soonest = context.stalled.progress(true).into_iter().filter_map(|wait| match wait {
+        Stall::None => None,
+        Stall::More => Some(Duration::ZERO),
+        Stall::Rnr { deadline } | Stall::Absent { deadline } => {
+            Some(deadline?.saturating_duration_since(now))
+        }
+    });
+    let soonest = soonest.min();
+    if soonest.is_some_and(|t| t <= GRACE) {
+        return soonest;
+    }
+    // Going to sleep for longer: from now on a queue that stalls has to ring. One that stalled since `seen` did not.
+    shared.watching.store(false, Ordering::SeqCst);
+    if context.stalled.generation() != seen && !shared.watching.swap(true, Ordering::SeqCst) {
+        return Some(GRACE);
+    }
+    soonest
+}
+
+/// Takes the router's events in. False: the router is gone.
+fn hear(shared: &Shared, context: &Arc<Context>) -> bool {
+    loop {
+        match shared.events.recv(RecvFlags::DONTWAIT) {
+            Ok(event) => act(&event, context),
+            Err(SocketError::System(_, rustix::io::Errno::AGAIN)) => return true,
+            Err(_) => return false,
+        }
+    }
+}
+
+fn act(event: &Incoming, context: &Arc<Context>) {
+    if let Some(PeerReady { qpn }) = event.event() {
+        context.qp(qpn).inspect(|qp| qp.peer_changed());
+    } else if let Some(PeerProgress { qpn }) = event.event() {
+        context.qp(qpn).inspect(|qp| {
+            qp.progress(true);
+        });
+    } else if let Some(PeerLeft { qpn }) = event.event() {
+        context.qp(qpn).inspect(|qp| qp.forget_peer());
+    } else if let Some(PeerFault { qpn }) = event.event() {
+        context.qp(qpn).inspect(|qp| qp.fail(AsyncKind::QpAccessErr));
+    } else if let Some(PeerGone { qpn }) = event.event() {
+        context.qp(qpn).inspect(|qp| qp.orphan());
+    } else if let Some(ClientGone { client }) = event.event() {
+        context.peers.forget(client);
+    }
+}
+
+/// The router died: existing direct connections go on, everything that needs it fails with EIO.
+fn router_gone(context: &Arc<Context>) {
+    context.events.push(AsyncEvent { kind: AsyncKind::DeviceFatal, cookie: 0 });
+}

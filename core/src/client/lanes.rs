@@ -1,0 +1,287 @@
+//! The two work queues of a QP as its CQs see them: what was posted, what is done, what was polled.
+//!
+//! A CQ holds no entries of its own. Polling walks the lanes of the QPs attached to it and builds completions from
+//! private memory (wr_id, lists) and, for receives, the few words a peer wrote. Order is kept per lane.
+
+use std::sync::{Arc, Weak};
+
+use crate::exec::LocalTable;
+use crate::ring::{Completion, INLINE_BYTES, QpShared, RecvSlot, RqShared, Taken};
+use crate::shm::{LocalBytes, SharedBytes, View, copy_out};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::verbs::{Access, QpState, QpType, SendOp, Sge, Wc, WcOpcode, WcStatus, limits, wc_flags};
+
+use super::qp::Qp;
+
+const MAX_SGE: usize = limits::SGE as usize;
+
+/// A finished send, until polled.
+#[derive(Debug, Default)]
+struct SendResult {
+    wr_id: AtomicU64,
+    /// byte_len | status << 32 | opcode << 40 | wanted << 48
+    meta: AtomicU64,
+}
+
+/// The send queue's results.
+#[derive(Debug)]
+pub struct SendLane {
+    results: Box<[SendResult]>,
+    /// Requests finished; written under the send queue's lock.
+    done: AtomicU32,
+    /// Results taken; written under the CQ's lock.
+    polled: AtomicU32,
+}
+
+/// A posted receive as its owner remembers it.
+#[derive(Debug, Default)]
+struct PrivateRecv {
+    wr_id: AtomicU64,
+    count: AtomicU32,
+    sges: [[AtomicU64; 2]; MAX_SGE],
+}
+
+/// The receive queue.
+#[derive(Debug)]
+pub struct RecvLane {
+    slots: View<RecvSlot>,
+    private: Box<[PrivateRecv]>,
+    /// Receives posted; written under the receive queue's lock.
+    posted: AtomicU32,
+    /// Receives taken; written under the CQ's lock.
+    polled: AtomicU32,
+}
+
+/// Both lanes, shared by the QP and its CQs.
+#[derive(Debug)]
+pub struct Lanes {
+    /// 0 until the router has named it.
+    qpn: AtomicU32,
+    pub kind: QpType,
+    pub shared: View<QpShared>,
+    pub send: SendLane,
+    pub recv: RecvLane,
+    /// A `QpState`: the private truth; the shared header only tells peers.
+    state: AtomicU32,
+    /// The peer process is dead: what it was filling is lost.
+    pub orphaned: AtomicBool,
+    pub qp: Weak<Qp>,
+}
+
+impl SendLane {
+    pub fn new(depth: u32) -> Self {
+        let results = std::iter::repeat_with(SendResult::default).take(depth as usize).collect();
+        SendLane { results, done: AtomicU32::new(0), polled: AtomicU32::new(0) }
+    }
+
+    fn slot(&self, seq: u32) -> &SendResult {
+        &self.results[seq as usize & (self.results.len() - 1)]
+    }
+
+    /// Poster: how many of `posted` requests still hold a slot.
+    pub fn used(&self, posted: u32) -> u32 {
+        // Acquire: a slot seen as polled was read before. Partner: poll()'s release store.
+        posted.wrapping_sub(self.polled.load(Ordering::Acquire))
+    }
+
+    /// Executor: request `done` (the next one) ended. `wanted`: it gets a completion.
+    pub fn finish(&self, wr_id: u64, op: SendOp, status: WcStatus, byte_len: u32, wanted: bool) {
+        let seq = self.done.load(Ordering::Relaxed);
+        let slot = self.slot(seq);
+        slot.wr_id.store(wr_id, Ordering::Relaxed);
+        let meta = u64::from(byte_len)
+            | (status as u64) << 32
+            | (op.completion() as u64) << 40
+            | u64::from(wanted) << 48;
+        slot.meta.store(meta, Ordering::Relaxed);
+        // Release: partner is poll()'s acquire load.
+        self.done.store(seq.wrapping_add(1), Ordering::Release);
+    }
+
+    /// CQ: takes the next completion, passing over requests that want none.
+    fn poll(&self, qpn: u32) -> Option<Wc> {
+        let done = self.done.load(Ordering::Acquire);
+        let mut seq = self.polled.load(Ordering::Relaxed);
+        while seq != done {
+            let slot = self.slot(seq);
+            let (wr_id, meta) = (slot.wr_id.load(Ordering::Relaxed), slot.meta.load(Ordering::Relaxed));
+            seq = seq.wrapping_add(1);
+            self.polled.store(seq, Ordering::Release);
+            if meta >> 48 != 0 {
+                return Some(Wc {
+                    wr_id,
+                    status: (meta >> 32) as u8 as u32,
+                    opcode: (meta >> 40) as u8 as u32,
+                    byte_len: meta as u32,
+                    qp_num: qpn,
+                    ..Wc::default()
+                });
+            }
+        }
+        None
+    }
+
+    /// Owner, nobody polling: forgets everything.
+    pub fn reset(&self) {
+        self.done.store(0, Ordering::Release);
+        self.polled.store(0, Ordering::Release);
+    }
+}
+
+impl RecvLane {
+    pub fn new(slots: View<RecvSlot>) -> Self {
+        let private = std::iter::repeat_with(PrivateRecv::default).take(slots.len()).collect();
+        RecvLane { slots, private, posted: AtomicU32::new(0), polled: AtomicU32::new(0) }
+    }
+
+    pub fn ring(&self) -> RqShared<'_> {
+        RqShared::new(&self.slots)
+    }
+
+    fn slot(&self, seq: u32) -> &PrivateRecv {
+        &self.private[seq as usize & (self.private.len() - 1)]
+    }
+
+    /// Owner, under the receive queue's lock: posts a receive unless the queue is full.
+    pub fn post(&self, wr_id: u64, sges: &[Sge], limit: u32) -> bool {
+        let seq = self.posted.load(Ordering::Relaxed);
+        if seq.wrapping_sub(self.polled.load(Ordering::Acquire)) >= limit {
+            return false;
+        }
+        let slot = self.slot(seq);
+        slot.wr_id.store(wr_id, Ordering::Relaxed);
+        slot.count.store(sges.len() as u32, Ordering::Relaxed);
+        for (words, sge) in slot.sges.iter().zip(sges) {
+            words[0].store(sge.addr, Ordering::Relaxed);
+            words[1].store(u64::from(sge.length) | u64::from(sge.lkey) << 32, Ordering::Relaxed);
+        }
+        self.ring().post(seq, sges);
+        // Release: partner is poll()'s acquire load; the private half is written.
+        self.posted.store(seq.wrapping_add(1), Ordering::Release);
+        true
+    }
+
+    /// Owner, nobody polling or posting: forgets everything.
+    pub fn reset(&self, shared: &QpShared) {
+        self.ring().clear();
+        shared.head.store(0, Ordering::Release);
+        self.posted.store(0, Ordering::Release);
+        self.polled.store(0, Ordering::Release);
+    }
+}
+
+impl Lanes {
+    pub fn new(
+        kind: QpType,
+        shared: View<QpShared>,
+        send: SendLane,
+        recv: RecvLane,
+        qp: Weak<Qp>,
+    ) -> Arc<Self> {
+        let (state, orphaned) = (AtomicU32::new(QpState::Reset as u32), AtomicBool::new(false));
+        Arc::new(Lanes { qpn: AtomicU32::new(0), kind, shared, send, recv, state, orphaned, qp })
+    }
+
+    pub fn qpn(&self) -> u32 {
+        self.qpn.load(Ordering::Relaxed)
+    }
+
+    /// The router has given the QP its number.
+    pub fn name(&self, qpn: u32) {
+        self.qpn.store(qpn, Ordering::Relaxed);
+    }
+
+    pub fn state(&self) -> QpState {
+        QpState::try_from(self.state.load(Ordering::Acquire)).unwrap_or(QpState::Err)
+    }
+
+    /// Sets the state here and for peers.
+    pub fn set_state(&self, state: QpState) {
+        self.state.store(state as u32, Ordering::Release);
+        self.shared[0].state.store(state as u32, Ordering::SeqCst);
+    }
+
+    pub fn poll_send(&self) -> Option<Wc> {
+        self.send.poll(self.qpn())
+    }
+
+    /// CQ: takes the next receive completion.
+    pub fn poll_recv(&self, table: &LocalTable<'_>) -> Option<Wc> {
+        let lane = &self.recv;
+        let seq = lane.polled.load(Ordering::Relaxed);
+        if seq == lane.posted.load(Ordering::Acquire) {
+            return None;
+        }
+        let flush = self.state() == QpState::Err;
+        let orphaned = flush && self.orphaned.load(Ordering::Relaxed);
+        let mine = lane.slot(seq);
+        let mut wc = Wc { wr_id: mine.wr_id.load(Ordering::Relaxed), qp_num: self.qpn(), ..Wc::default() };
+        match lane.ring().take(seq, flush, orphaned)? {
+            Taken::Flushed => {
+                wc.status = WcStatus::WrFlushErr as u32;
+                wc.opcode = WcOpcode::Recv as u32;
+            }
+            Taken::Done(said, payload) => {
+                mine.judge(&said, &mut wc);
+                if wc.status == 0 && said.flags & Completion::INLINE != 0 {
+                    mine.scatter(&payload.read()[..wc.byte_len as usize], table, &mut wc);
+                }
+            }
+        }
+        lane.polled.store(seq.wrapping_add(1), Ordering::Release);
+        if wc.status != 0 && wc.status != WcStatus::WrFlushErr as u32 {
+            self.qp.upgrade().inspect(|qp| qp.enter_error());
+        }
+        Some(wc)
+    }
+}
+
+impl PrivateRecv {
+    fn sges(&self) -> impl Iterator<Item = Sge> + '_ {
+        self.sges.iter().take(self.count.load(Ordering::Relaxed) as usize).map(|words| {
+            let len_lkey = words[1].load(Ordering::Relaxed);
+            Sge {
+                addr: words[0].load(Ordering::Relaxed),
+                length: len_lkey as u32,
+                lkey: (len_lkey >> 32) as u32,
+            }
+        })
+    }
+
+    /// Turns what the peer said into a completion the program may rely on: no unknown number, no length beyond the
+    /// buffers it was given.
+    fn judge(&self, said: &Completion, wc: &mut Wc) {
+        let write = said.opcode == WcOpcode::RecvRdmaWithImm as u8;
+        let inline = said.flags & Completion::INLINE != 0;
+        let room: u64 = self.sges().map(|sge| u64::from(sge.length)).sum();
+        let fits = u64::from(said.byte_len) <= if inline { room.min(INLINE_BYTES as u64) } else { room };
+        let status = WcStatus::try_from(u32::from(said.status)).unwrap_or(WcStatus::GeneralErr);
+        let sane = write || fits || status != WcStatus::Success;
+        wc.status = if sane { status } else { WcStatus::BadRespErr } as u32;
+        wc.opcode = if write { WcOpcode::RecvRdmaWithImm } else { WcOpcode::Recv } as u32;
+        wc.byte_len = said.byte_len;
+        wc.imm_data = said.imm;
+        wc.src_qp = said.src_qp;
+        wc.wc_flags = u32::from(said.flags) & (wc_flags::WITH_IMM | wc_flags::GRH);
+    }
+
+    /// Copies an inline payload into the receive's buffers, whose keys must still hold.
+    fn scatter(&self, payload: &[u8], table: &LocalTable<'_>, wc: &mut Wc) {
+        let mut rest = payload;
+        for sge in self.sges() {
+            if rest.is_empty() {
+                return;
+            }
+            let Some(va) = table.check(&sge, Access::LOCAL_WRITE) else {
+                wc.status = WcStatus::LocProtErr as u32;
+                return;
+            };
+            let (now, later) = rest.split_at(rest.len().min(sge.length as usize));
+            // SAFETY: `now` outlives the copy, which only reads it.
+            let from = unsafe { SharedBytes::new(now.as_ptr().cast_mut(), now.len()) };
+            // SAFETY: the lkey was just checked for LOCAL_WRITE over the whole entry, which is at least as long.
+            unsafe { copy_out(LocalBytes { addr: va, len: now.len() }, from) };
+            rest = later;
+        }
+    }
+}

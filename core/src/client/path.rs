@@ -1,0 +1,137 @@
+//! The direct path: the peer's pages are mapped here, the rest goes by the router.
+
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use crate::ctl::{CopyMem, Ring, ring};
+use crate::exec::{FarCopy, PeerMemory, Reach};
+use crate::ring::MrEntry;
+use crate::shm::{Mapping, SharedBytes};
+use crate::verbs::Gid;
+
+use super::conn::Conn;
+use super::peers::PeerQp;
+
+/// The extent used last: most requests of a QP go to one MR.
+#[derive(Debug)]
+struct Recent {
+    key: u32,
+    from: u64,
+    to: u64,
+    /// None: the peer is this very process, its addresses are ours.
+    map: Option<Arc<Mapping>>,
+}
+
+/// A resolved peer and what this side remembers of its memory.
+#[derive(Debug)]
+pub struct DirectPath {
+    pub peer: PeerQp,
+    recent: Option<Recent>,
+}
+
+impl DirectPath {
+    pub fn new(peer: PeerQp) -> Self {
+        DirectPath { peer, recent: None }
+    }
+
+    /// Binds the path to one request.
+    pub fn bind<'a>(&'a mut self, conn: &'a Conn, qpn: u32, dgid: Gid) -> (crate::exec::Peer<'a>, Bound<'a>) {
+        let DirectPath { peer, recent } = self;
+        let view = crate::exec::Peer {
+            qp: &peer.qp[0],
+            rq: crate::ring::RqShared::new(&peer.slots),
+            cq: &peer.cq[0],
+            cq_bit: peer.cq_bit,
+            mrs: &peer.mrs,
+            pd: peer.pd,
+            qpn: peer.qpn,
+        };
+        (view, Bound { peer, recent, conn, qpn, dgid })
+    }
+}
+
+/// [`PeerMemory`] of one request on the direct path.
+#[derive(Debug)]
+pub struct Bound<'a> {
+    peer: &'a PeerQp,
+    recent: &'a mut Option<Recent>,
+    conn: &'a Conn,
+    qpn: u32,
+    dgid: Gid,
+}
+
+impl Bound<'_> {
+    fn ring(&self, what: u32) {
+        let ring = Ring { qpn: self.qpn, dest_qpn: self.peer.qpn, dgid: self.dgid.0, what };
+        // Fails only if router or peer are gone; both are reported as events of their own.
+        let _ = self.conn.ask(&ring);
+    }
+
+    fn look_up(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Option<Reach> {
+        if self.peer.client == self.conn.hello.client {
+            let whole = entry.read(key)?;
+            *self.recent =
+                Some(Recent { key, from: whole.addr, to: whole.addr.checked_add(whole.len)?, map: None });
+            return self.hit(key, va, len);
+        }
+        let view = entry.read(key)?;
+        let Some(extent) = view.extents().iter().find(|e| e.holds(va, 1)) else {
+            let next = view.extents().iter().map(|e| e.va).filter(|start| *start > va).min();
+            return Some(Reach::Far(next.map_or(len, |start| len.min(start - va))));
+        };
+        // A window that cannot be mapped (no address space, nonsense in the table) is left to the router's judgement.
+        let Ok(map) = self.peer.memory.window(extent) else { return Some(Reach::Far(len)) };
+        let to = extent.va.checked_add(extent.len)?;
+        *self.recent = Some(Recent { key, from: extent.va, to, map: Some(map) });
+        self.hit(key, va, len)
+    }
+
+    fn hit(&self, key: u32, va: u64, len: u64) -> Option<Reach> {
+        let recent = self.recent.as_ref().filter(|r| r.key == key && r.from <= va && va < r.to)?;
+        let len = len.min(recent.to - va) as usize;
+        let ptr = match &recent.map {
+            None => va as *mut u8,
+            // The window is at least to - from long.
+            Some(map) => map.base().wrapping_add((va - recent.from) as usize),
+        };
+        // SAFETY: inside a mapping that `recent` keeps alive while the request runs; or registered memory of this
+        // process, whose owner promised to keep it until deregistration.
+        Some(Reach::Here(unsafe { SharedBytes::new(ptr, len) }))
+    }
+}
+
+impl PeerMemory for Bound<'_> {
+    fn reach(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Reach {
+        if let Some(here) = self.hit(key, va, len) {
+            return here;
+        }
+        self.look_up(entry, key, va, len).unwrap_or(Reach::Far(len))
+    }
+
+    fn far(&mut self, copy: FarCopy) -> Result<(), Errno> {
+        let request = CopyMem {
+            qpn: self.qpn,
+            dest_qpn: self.peer.qpn,
+            dgid: self.dgid.0,
+            kind: copy.kind,
+            key: copy.key,
+            local: copy.local,
+            remote: copy.remote,
+            len: copy.len,
+        };
+        self.conn.ask(&request).map(|_| ()).map_err(|e| e.errno())
+    }
+
+    fn bell(&mut self) {
+        let rung = self.peer.bell.as_ref().map(|bell| rustix::io::write(bell, &1u64.to_ne_bytes()));
+        // Full (EAGAIN) means it is ringing already; anything else and the router rings its own copy.
+        if !matches!(rung, Some(Ok(_) | Err(Errno::AGAIN))) {
+            self.ring(ring::BELL);
+        }
+    }
+
+    fn fault(&mut self) {
+        self.ring(ring::FAULT);
+    }
+}

@@ -1,0 +1,155 @@
+//! Protection domains and memory regions.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::ctl::{AllocPd, DeallocPd, DeregMr, RegMr};
+use crate::error::{Error, Result};
+use crate::ring::mr::slot_of;
+use crate::ring::{Extent, MrView};
+use crate::verbs::Access;
+
+use super::context::Context;
+use super::mem::{MemError, PdMemory, Registration, Want};
+
+/// How long deregistration waits for copies of honest peers; a copy step is bounded, so this is generous.
+const QUIESCE: Duration = Duration::from_secs(1);
+
+/// A protection domain.
+pub struct Pd {
+    pub(super) context: Arc<Context>,
+    pub(super) id: u32,
+    memory: Arc<PdMemory>,
+}
+
+/// A memory region.
+pub struct Mr {
+    pd: Arc<Pd>,
+    key: u32,
+    /// Gives the pages back when dropped, after the key is dead.
+    _registration: Registration,
+}
+
+impl Context {
+    /// ibv_alloc_pd(3).
+    pub fn alloc_pd(self: &Arc<Self>) -> Result<Arc<Pd>> {
+        let memory = PdMemory::new()?;
+        let id = self.conn.call(&AllocPd {}, &[memory.fd()])?.0.id;
+        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory }))
+    }
+}
+
+impl Pd {
+    /// The context it belongs to.
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// ibv_reg_mr(3), ibv_reg_mr_iova(3): registers `[addr, addr+len)`; requests name it by addresses from `iova` on.
+    pub fn reg_mr(self: &Arc<Self>, addr: u64, len: u64, iova: u64, access: Access) -> Result<Arc<Mr>> {
+        if access.intersects(Access::REMOTE_WRITE | Access::REMOTE_ATOMIC)
+            && !access.contains(Access::LOCAL_WRITE)
+        {
+            return Err(Error::Invalid("REMOTE_WRITE and REMOTE_ATOMIC need LOCAL_WRITE"));
+        }
+        for (flag, what) in [
+            (Access::MW_BIND, "memory windows (IBV_ACCESS_MW_BIND)"),
+            (Access::ON_DEMAND, "on-demand paging (IBV_ACCESS_ON_DEMAND)"),
+        ] {
+            if access.contains(flag) {
+                return Err(Error::Unsupported(what));
+            }
+        }
+        if addr.checked_add(len).is_none() || iova.checked_add(len).is_none() {
+            return Err(Error::BadAddress { addr, len, why: "wraps around" });
+        }
+        let iova = if access.contains(Access::ZERO_BASED) { 0 } else { iova };
+        let context = &self.context;
+        let key = context.conn.ask(&RegMr { pd: self.id, access: access.bits(), addr, len })?.key;
+        let want = Want {
+            remote: access.intersects(Access::REMOTE),
+            local_write: access.contains(Access::LOCAL_WRITE),
+        };
+        let registration = match self.memory.register(addr, len, want) {
+            Ok(registration) => registration,
+            Err(error) => {
+                let _ = context.conn.ask(&DeregMr { key, _pad: 0 });
+                return Err(error.into());
+            }
+        };
+        if access.contains(Access::REMOTE_ATOMIC) && !covers(registration.extents(), addr, len) {
+            let _ = context.conn.ask(&DeregMr { key, _pad: 0 });
+            return Err(Error::Unsupported(
+                "REMOTE_ATOMIC on memory whose pages cannot move (stack, file, hugetlb, locked)",
+            ));
+        }
+        let mut view = MrView { key, access, pd: self.id, iova, addr, len, ..MrView::default() };
+        for (slot, extent) in view.extents.iter_mut().zip(registration.extents()) {
+            *slot = Extent { va: extent.va, len: extent.len, offset: extent.offset };
+            view.extent_count += 1;
+        }
+        context.mrs[slot_of(key)].publish(&view);
+        Ok(Arc::new(Mr { pd: Arc::clone(self), key, _registration: registration }))
+    }
+}
+
+/// Do the extents hold all of the range?
+fn covers(extents: &[super::mem::Extent], addr: u64, len: u64) -> bool {
+    let mut at = addr;
+    while at < addr + len {
+        match extents.iter().find(|e| e.va <= at && at < e.va + e.len) {
+            Some(extent) => at = extent.va + extent.len,
+            None => return false,
+        }
+    }
+    true
+}
+
+impl Drop for Pd {
+    fn drop(&mut self) {
+        let _ = self.context.conn.ask(&DeallocPd { pd: self.id });
+    }
+}
+
+impl Mr {
+    /// lkey and rkey.
+    pub fn key(&self) -> u32 {
+        self.key
+    }
+}
+
+impl Drop for Mr {
+    /// ibv_dereg_mr(3): when it returns, nothing lands any more.
+    fn drop(&mut self) {
+        if super::fork::in_child() {
+            return;
+        }
+        let context = &self.pd.context;
+        context.mrs[slot_of(self.key)].kill();
+        let deadline = Instant::now() + QUIESCE;
+        for qp in context.all_qps() {
+            if qp.pd_id() == self.pd.id && !qp.quiesce(deadline) {
+                qp.enter_error();
+            }
+        }
+        let _ = context.conn.ask(&DeregMr { key: self.key, _pad: 0 });
+    }
+}
+
+impl From<MemError> for Error {
+    fn from(error: MemError) -> Self {
+        Error::Memory { errno: error.errno(), why: error.to_string() }
+    }
+}
+
+impl std::fmt::Debug for Pd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pd").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Mr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Mr({:#x})", self.key)
+    }
+}

@@ -1,0 +1,144 @@
+//! Other processes as this one has them mapped: slabs, MR tables, PD memory, bells. Kept until the router says the
+//! process is gone.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::io::Errno;
+
+use crate::ctl::{PeerInfo, peer_fds};
+use crate::error::{Error, Result};
+use crate::ring::{CqShared, Extent, MR_SLOTS, MrEntry, QpShared, RecvSlot};
+use crate::shm::{Mapping, PAGE, View};
+
+/// Mappings of one PD kept at a time; beyond, all unused ones are dropped.
+const MAX_WINDOWS: usize = 4096;
+
+/// A peer's QP, resolved.
+#[derive(Debug)]
+pub struct PeerQp {
+    /// Its owner's connection.
+    pub client: u32,
+    pub qpn: u32,
+    pub qp: View<QpShared>,
+    pub slots: View<RecvSlot>,
+    pub cq: View<CqShared>,
+    pub cq_bit: u32,
+    pub mrs: View<MrEntry>,
+    pub pd: u32,
+    pub memory: Arc<PdMemoryView>,
+    /// Eventfd of the channel of its receive CQ.
+    pub bell: Option<Arc<OwnedFd>>,
+}
+
+/// The memfd of a peer's PD and what of it is mapped here.
+#[derive(Debug)]
+pub struct PdMemoryView {
+    fd: OwnedFd,
+    windows: Mutex<BTreeMap<u64, Arc<Mapping>>>,
+}
+
+impl PdMemoryView {
+    /// Maps an extent, or finds it mapped.
+    pub fn window(&self, extent: &Extent) -> std::result::Result<Arc<Mapping>, Errno> {
+        let aligned = [extent.va, extent.len, extent.offset].iter().all(|n| n.is_multiple_of(PAGE));
+        let len = usize::try_from(extent.len).ok().filter(|len| aligned && *len > 0).ok_or(Errno::INVAL)?;
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = windows.get(&extent.offset).filter(|map| map.len() >= len) {
+            return Ok(Arc::clone(found));
+        }
+        if windows.len() >= MAX_WINDOWS {
+            windows.retain(|_, map| Arc::strong_count(map) > 1);
+        }
+        let map = Mapping::new(&self.fd, extent.offset, len, true)?;
+        map.dont_fork();
+        let map = Arc::new(map);
+        windows.insert(extent.offset, Arc::clone(&map));
+        Ok(map)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Process {
+    slabs: HashMap<u32, Arc<Mapping>>,
+    mrs: Option<Arc<Mapping>>,
+    pds: HashMap<u32, Arc<PdMemoryView>>,
+    bells: HashMap<u32, Arc<OwnedFd>>,
+}
+
+/// All processes this one talks to.
+#[derive(Debug, Default)]
+pub struct Peers(Mutex<HashMap<u32, Process>>);
+
+impl Peers {
+    /// Takes the descriptors of a Resolve reply and returns the QP it describes.
+    pub fn admit(&self, qpn: u32, info: &PeerInfo, fds: Vec<OwnedFd>) -> Result<PeerQp> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let process = all.entry(info.client).or_default();
+        process.take(info, fds)?;
+        process
+            .view(qpn, info)
+            .ok_or_else(|| Error::Disconnected("Resolve named objects that do not fit".into()))
+    }
+
+    /// The process is gone.
+    pub fn forget(&self, client: u32) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&client);
+    }
+}
+
+impl Process {
+    fn take(&mut self, info: &PeerInfo, fds: Vec<OwnedFd>) -> Result<()> {
+        let mut fds = fds.into_iter();
+        let mut next = |bit: u32| if info.fds & bit != 0 { fds.next() } else { None };
+        if let Some(fd) = next(peer_fds::SLAB) {
+            self.slabs.insert(info.slab, map_whole(fd)?);
+        }
+        if let Some(fd) = next(peer_fds::CQ_SLAB) {
+            self.slabs.insert(info.cq_slab, map_whole(fd)?);
+        }
+        if let Some(fd) = next(peer_fds::MR_TABLE) {
+            let map = Mapping::new(fd, 0, MR_SLOTS * size_of::<MrEntry>(), false);
+            let map = map.map_err(Error::system("mmap of a peer's MR table"))?;
+            map.dont_fork();
+            self.mrs = Some(Arc::new(map));
+        }
+        if let Some(fd) = next(peer_fds::PD) {
+            self.pds.insert(info.pd, Arc::new(PdMemoryView { fd, windows: Mutex::default() }));
+        }
+        if let Some(fd) = next(peer_fds::BELL) {
+            self.bells.insert(info.channel, Arc::new(fd));
+        }
+        Ok(())
+    }
+
+    fn view(&self, qpn: u32, info: &PeerInfo) -> Option<PeerQp> {
+        let slab = self.slabs.get(&info.slab)?;
+        let cq_slab = self.slabs.get(&info.cq_slab)?;
+        let depth = info.rq_depth as usize;
+        if depth != 0 && !depth.is_power_of_two() {
+            return None;
+        }
+        Some(PeerQp {
+            client: info.client,
+            qpn,
+            qp: View::new(Arc::clone(slab), u64::from(info.qp_off), 1)?,
+            slots: View::new(Arc::clone(slab), u64::from(info.rq_off), depth)?,
+            cq: View::new(Arc::clone(cq_slab), u64::from(info.cq_off), 1)?,
+            cq_bit: info.cq_bit,
+            mrs: View::new(Arc::clone(self.mrs.as_ref()?), 0, MR_SLOTS)?,
+            pd: info.pd,
+            memory: Arc::clone(self.pds.get(&info.pd)?),
+            bell: self.bells.get(&info.channel).cloned(),
+        })
+    }
+}
+
+fn map_whole(fd: OwnedFd) -> Result<Arc<Mapping>> {
+    let size = rustix::fs::fstat(&fd).map_err(Error::system("fstat of a peer's slab"))?.st_size;
+    let map = Mapping::new(&fd, 0, size as usize, true).map_err(Error::system("mmap of a peer's slab"))?;
+    map.dont_fork();
+    Ok(Arc::new(map))
+}

@@ -1,0 +1,278 @@
+//! Queue pairs: creation, state, errors. Sending and receiving are in `send` and `recv`, transitions in `modify`.
+//!
+//! Lock order: a CQ's lock, then a QP's send lock. The list of stalled queues is never taken with either held.
+
+mod modify;
+mod queue;
+mod recv;
+mod route;
+mod send;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
+
+pub use send::SendWr;
+
+use crate::ctl::{CreateQp, DestroyQp};
+use crate::error::{Error, Result};
+use crate::ring::{QpShared, RecvSlot};
+use crate::shm::View;
+use crate::sync::{AtomicBool, Ordering};
+use crate::verbs::{QpAttr, QpCaps, QpState, QpType, limits};
+
+use super::context::Context;
+use super::cq::Cq;
+use super::events::{AsyncEvent, AsyncKind};
+use super::fork;
+use super::lanes::{Lanes, RecvLane, SendLane};
+use super::pd::Pd;
+use super::slab::{Block, BlockKind};
+use send::SendSide;
+
+/// What a QP is made of; ibv_create_qp(3).
+#[derive(Debug, Clone)]
+pub struct QpInit {
+    pub kind: QpType,
+    pub send_cq: Arc<Cq>,
+    pub recv_cq: Arc<Cq>,
+    pub caps: QpCaps,
+    pub sq_sig_all: bool,
+    /// Comes back with asynchronous events.
+    pub cookie: u64,
+}
+
+/// A queue pair.
+#[derive(Debug)]
+pub struct Qp {
+    pd: Arc<Pd>,
+    lanes: Arc<Lanes>,
+    send_cq: Arc<Cq>,
+    recv_cq: Arc<Cq>,
+    send_bit: u32,
+    recv_bit: u32,
+    caps: QpCaps,
+    sq_sig_all: bool,
+    cookie: u64,
+    block: Block,
+    attr: Mutex<QpAttr>,
+    send: Mutex<SendSide>,
+    recv: Mutex<()>,
+    /// The router may know more about the peer than it did.
+    ask_again: AtomicBool,
+}
+
+fn check_caps(init: &QpInit, context: &Context) -> Result<()> {
+    let limit = context.limits();
+    let caps = &init.caps;
+    let within = caps.max_send_wr <= limit.max_qp_wr
+        && caps.max_recv_wr <= limit.max_qp_wr
+        && caps.max_send_sge <= limits::SGE
+        && caps.max_recv_sge <= limits::SGE
+        && caps.max_inline_data <= limits::INLINE;
+    let same = Arc::ptr_eq(&init.send_cq.context, &init.recv_cq.context)
+        && std::ptr::eq(&*init.send_cq.context, context);
+    match (within, same, init.kind) {
+        (false, ..) => Err(Error::Invalid("a capability is beyond the device's limit (ibv_query_device)")),
+        (_, false, _) => Err(Error::Invalid("PD and CQs belong to different contexts")),
+        (.., QpType::Uc) => Err(Error::Unsupported("UC queue pairs")),
+        _ => Ok(()),
+    }
+}
+
+impl Pd {
+    /// ibv_create_qp(3).
+    pub fn create_qp(self: &Arc<Self>, init: QpInit) -> Result<Arc<Qp>> {
+        let context = &self.context;
+        check_caps(&init, context)?;
+        let depth = if init.caps.max_recv_wr == 0 { 0 } else { init.caps.max_recv_wr.next_power_of_two() };
+        let header = size_of::<QpShared>() as u64;
+        let len = header + u64::from(depth) * size_of::<RecvSlot>() as u64;
+        let block = context.slabs.allocate(&context.conn, BlockKind::Qp, len)?;
+        let made = self.build(&init, &block, depth, header);
+        if made.is_err() {
+            context.slabs.free(block);
+        }
+        made
+    }
+
+    fn build(self: &Arc<Self>, init: &QpInit, block: &Block, depth: u32, header: u64) -> Result<Arc<Qp>> {
+        let context = &self.context;
+        let no_room = || Error::NoRoom("queue memory");
+        let shared = View::<QpShared>::new(Arc::clone(&block.map), block.offset, 1).ok_or_else(no_room)?;
+        let slots = View::<RecvSlot>::new(Arc::clone(&block.map), block.offset + header, depth as usize);
+        let recv = RecvLane::new(slots.ok_or_else(no_room)?);
+        recv.reset(&shared[0]);
+        shared[0].reset();
+        let send = SendLane::new(init.caps.max_send_wr.max(1).next_power_of_two());
+        let one_cq = Arc::ptr_eq(&init.send_cq, &init.recv_cq);
+        let mut refused = None;
+        let qp = Arc::new_cyclic(|weak: &Weak<Qp>| {
+            let lanes = Lanes::new(init.kind, shared, send, recv, Weak::clone(weak));
+            let recv_bit = init.recv_cq.attach(&lanes, self.id, one_cq, true);
+            let send_bit = if one_cq { recv_bit } else { init.send_cq.attach(&lanes, self.id, true, false) };
+            let request = CreateQp {
+                pd: self.id,
+                send_cq: init.send_cq.id,
+                recv_cq: init.recv_cq.id,
+                kind: init.kind as u32,
+                slab: block.slab,
+                qp_off: block.offset as u32,
+                rq_off: (block.offset + header) as u32,
+                rq_depth: depth,
+                rq_sge: init.caps.max_recv_sge,
+                cq_bit: recv_bit,
+            };
+            match context.conn.ask(&request) {
+                Ok(reply) => lanes.name(reply.id),
+                Err(error) => refused = Some(error),
+            }
+            Qp {
+                pd: Arc::clone(self),
+                send: Mutex::new(SendSide::new(&init.caps)),
+                lanes,
+                send_cq: Arc::clone(&init.send_cq),
+                recv_cq: Arc::clone(&init.recv_cq),
+                send_bit,
+                recv_bit,
+                caps: init.caps,
+                sq_sig_all: init.sq_sig_all,
+                cookie: init.cookie,
+                block: block.clone(),
+                attr: Mutex::default(),
+                recv: Mutex::default(),
+                ask_again: AtomicBool::new(true),
+            }
+        });
+        match refused {
+            Some(error) => Err(error), // dropping the QP detaches it; it has no number to destroy
+            None => {
+                let mut qps = context.qps.lock().unwrap_or_else(PoisonError::into_inner);
+                qps.insert(qp.qpn(), Arc::downgrade(&qp));
+                Ok(Arc::clone(&qp))
+            }
+        }
+    }
+}
+
+impl Qp {
+    pub fn qpn(&self) -> u32 {
+        self.lanes.qpn()
+    }
+
+    pub fn kind(&self) -> QpType {
+        self.lanes.kind
+    }
+
+    pub fn caps(&self) -> QpCaps {
+        self.caps
+    }
+
+    pub fn state(&self) -> QpState {
+        self.lanes.state()
+    }
+
+    /// ibv_query_qp(3).
+    pub fn query(&self) -> QpAttr {
+        let state = self.state();
+        let attr = self.attr.lock().unwrap_or_else(PoisonError::into_inner);
+        QpAttr { qp_state: state, cur_qp_state: state, ..*attr }
+    }
+
+    pub(super) fn pd_id(&self) -> u32 {
+        self.pd.id
+    }
+
+    fn context(&self) -> &Arc<Context> {
+        &self.pd.context
+    }
+
+    fn lock_send(&self) -> MutexGuard<'_, SendSide> {
+        self.send.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Moves to ERR: everything queued is flushed, sleepers are woken.
+    pub(super) fn enter_error(self: &Arc<Self>) {
+        if matches!(self.state(), QpState::Err | QpState::Reset) {
+            return;
+        }
+        self.lanes.set_state(QpState::Err);
+        self.progress(false);
+        self.recv_cq.completed(self.recv_bit, true);
+    }
+
+    /// Moves to ERR for a reason the program hears of by an asynchronous event.
+    pub(super) fn fail(self: &Arc<Self>, kind: AsyncKind) {
+        if !self.state().receives() {
+            return;
+        }
+        self.enter_error();
+        self.context().events.push(AsyncEvent { kind, cookie: self.cookie });
+    }
+
+    /// The peer's process died.
+    pub(super) fn orphan(self: &Arc<Self>) {
+        self.lanes.orphaned.store(true, Ordering::Relaxed);
+        self.forget_peer();
+        self.fail(AsyncKind::QpFatal);
+    }
+
+    /// The router says the peer can be found now.
+    pub(super) fn peer_changed(self: &Arc<Self>) {
+        self.ask_again.store(true, Ordering::Release);
+        self.progress(true);
+    }
+
+    /// The peer was reset or destroyed: what is mapped of it means nothing any more.
+    pub(super) fn forget_peer(&self) {
+        self.lock_send().route.forget();
+        self.ask_again.store(true, Ordering::Release);
+    }
+
+    /// Waits until no peer is copying under a key that was valid before the call. False: it did not end in time.
+    pub(super) fn quiesce(&self, deadline: Instant) -> bool {
+        let shared = &self.lanes.shared[0];
+        let mut since = None;
+        loop {
+            let quiet = match self.kind() {
+                QpType::Ud => !self.lanes.recv.ring().any_claimed(),
+                _ => match shared.quiesced(since) {
+                    Ok(()) => true,
+                    Err(word) => {
+                        since = Some(word);
+                        false
+                    }
+                },
+            };
+            if quiet || self.lanes.orphaned.load(Ordering::Relaxed) {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            // The copier is in the middle of a bounded memcpy and will not tell: there is no event to wait for.
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Qp {
+    fn drop(&mut self) {
+        if fork::in_child() {
+            return;
+        }
+        let context = Arc::clone(self.context());
+        self.lanes.set_state(QpState::Reset);
+        self.lanes.shared[0].qpn.store(0, Ordering::SeqCst);
+        self.send_cq.detach(&self.lanes);
+        self.recv_cq.detach(&self.lanes);
+        if self.qpn() == 0 {
+            return; // the router refused it; Pd::create_qp frees the block
+        }
+        context.qps.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.qpn());
+        let _ = context.conn.ask(&DestroyQp { qpn: self.qpn() });
+        // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
+        self.quiesce(Instant::now() + std::time::Duration::from_millis(100));
+        context.events.withdraw(self.cookie);
+        context.slabs.free(self.block.clone());
+    }
+}

@@ -1,0 +1,101 @@
+//! Send requests not yet finished: private memory of the poster.
+
+use crate::exec::{Request, Target};
+use crate::verbs::{QpCaps, SendFlags, SendOp, Sge};
+
+use super::send::SendWr;
+
+/// One waiting request.
+#[derive(Debug, Clone, Copy)]
+struct Wqe {
+    wr_id: u64,
+    op: SendOp,
+    flags: SendFlags,
+    imm: u32,
+    target: Target,
+    sges: usize,
+}
+
+impl Default for Wqe {
+    fn default() -> Self {
+        Wqe {
+            wr_id: 0,
+            op: SendOp::Send,
+            flags: SendFlags::empty(),
+            imm: 0,
+            target: Target::Receive,
+            sges: 0,
+        }
+    }
+}
+
+/// The waiting requests of a send queue, with copies of their lists and inline data.
+#[derive(Debug)]
+pub struct Queue {
+    wqes: Box<[Wqe]>,
+    sges: Box<[Sge]>,
+    max_sge: usize,
+    inline: Box<[u8]>,
+    max_inline: usize,
+    /// Requests posted, finished ones included.
+    pub posted: u32,
+    /// The request to run next.
+    pub next: u32,
+}
+
+impl Queue {
+    pub fn new(caps: &QpCaps) -> Self {
+        let depth = caps.max_send_wr.max(1).next_power_of_two() as usize;
+        let (max_sge, max_inline) = (caps.max_send_sge.max(1) as usize, caps.max_inline_data as usize);
+        Queue {
+            wqes: vec![Wqe::default(); depth].into(),
+            sges: vec![Sge::default(); depth * max_sge].into(),
+            max_sge,
+            inline: vec![0; depth * max_inline].into(),
+            max_inline,
+            posted: 0,
+            next: 0,
+        }
+    }
+
+    fn index(&self, seq: u32) -> usize {
+        seq as usize & (self.wqes.len() - 1)
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.posted == self.next
+    }
+
+    /// Remembers a request at the end. Inline data is copied now: its buffers are the program's again.
+    pub fn push(&mut self, wr: &SendWr<'_>) {
+        let at = self.index(self.posted);
+        let lists = at * self.max_sge;
+        let mut sges = wr.sges.len();
+        if wr.flags.contains(SendFlags::INLINE) {
+            let buffer = &mut self.inline[at * self.max_inline..][..self.max_inline];
+            let length = super::send::gather_inline(wr.sges, buffer);
+            self.sges[lists] = Sge { addr: buffer.as_ptr() as u64, length, lkey: 0 };
+            sges = 1;
+        } else {
+            self.sges[lists..][..sges].copy_from_slice(wr.sges);
+        }
+        self.wqes[at] =
+            Wqe { wr_id: wr.wr_id, op: wr.op, flags: wr.flags, imm: wr.imm, target: wr.target, sges };
+        self.posted = self.posted.wrapping_add(1);
+    }
+
+    /// The request to run next, and its wr_id.
+    pub fn head(&self) -> Option<(u64, Request<'_>)> {
+        if self.is_idle() {
+            return None;
+        }
+        let at = self.index(self.next);
+        let wqe = &self.wqes[at];
+        let sges = &self.sges[at * self.max_sge..][..wqe.sges];
+        Some((wqe.wr_id, Request { op: wqe.op, flags: wqe.flags, imm: wqe.imm, target: wqe.target, sges }))
+    }
+
+    pub fn reset(&mut self) {
+        (self.posted, self.next) = (0, 0);
+    }
+}

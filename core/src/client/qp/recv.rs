@@ -1,0 +1,38 @@
+//! The receive queue: post.
+
+use std::sync::{Arc, PoisonError};
+
+use rustix::io::Errno;
+
+use crate::ctl::{Ring, ring};
+use crate::verbs::{QpState, QpType, Sge};
+
+use super::Qp;
+
+impl Qp {
+    /// ibv_post_recv(3), one request.
+    pub fn post_recv(self: &Arc<Self>, wr_id: u64, sges: &[Sge]) -> Result<(), Errno> {
+        let state = self.state();
+        if state == QpState::Reset || sges.len() > self.caps.max_recv_sge as usize {
+            return Err(Errno::INVAL);
+        }
+        let posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.lanes.recv.post(wr_id, sges, self.caps.max_recv_wr) {
+            return Err(Errno::NOMEM);
+        }
+        drop(posting);
+        if state == QpState::Err {
+            self.recv_cq.completed(self.recv_bit, true);
+        } else if self.kind() != QpType::Ud && self.lanes.shared[0].receive_posted() {
+            self.tell_sender();
+        }
+        Ok(())
+    }
+
+    /// A send of the peer has waited long enough to sleep: the router wakes it.
+    fn tell_sender(&self) {
+        let Some((dgid, dest_qpn)) = self.lock_send().route.dest else { return };
+        let ring = Ring { qpn: self.qpn(), dest_qpn, dgid: dgid.0, what: ring::PROGRESS };
+        let _ = self.context().conn.ask(&ring);
+    }
+}

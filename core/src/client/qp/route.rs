@@ -1,0 +1,75 @@
+//! How a send queue reaches its peers: one for a connected QP, many for UD.
+
+use std::collections::HashMap;
+
+use crate::ctl::{Resolve, peer_state};
+use crate::exec::{Target, UdDest};
+use crate::sync::Ordering;
+use crate::verbs::Gid;
+
+use super::super::context::Context;
+use super::super::path::DirectPath;
+
+/// The resolved peers of a send queue.
+#[derive(Debug, Default)]
+pub struct Route {
+    /// Peer of a connected QP: (dgid, qpn) as set at RTR.
+    pub dest: Option<(Gid, u32)>,
+    connected: Option<DirectPath>,
+    datagrams: HashMap<(Gid, u32), DirectPath>,
+}
+
+impl Route {
+    /// Drops what is known of the peers.
+    pub fn forget(&mut self) {
+        self.connected = None;
+        self.datagrams.clear();
+    }
+
+    /// The path for a request, if known; and where it leads.
+    pub fn find(&mut self, target: &Target) -> Option<(&mut DirectPath, Gid)> {
+        match target {
+            Target::Datagram(UdDest { dgid, qpn, .. }) => {
+                self.datagrams.get_mut(&(*dgid, *qpn)).map(|path| (path, *dgid))
+            }
+            _ => {
+                let (dgid, _) = self.dest?;
+                self.connected.as_mut().map(|path| (path, dgid))
+            }
+        }
+    }
+
+    /// Is a path for `target` known that still leads somewhere?
+    pub fn knows(&mut self, target: &Target) -> bool {
+        let Target::Datagram(dest) = target else { return self.connected.is_some() };
+        let key = (dest.dgid, dest.qpn);
+        let alive = |path: &DirectPath| path.peer.qp[0].qpn.load(Ordering::Relaxed) == dest.qpn;
+        let known = self.datagrams.get(&key).is_some_and(alive);
+        if !known {
+            self.datagrams.remove(&key);
+        }
+        known
+    }
+
+    /// Asks the router.
+    pub fn resolve(&mut self, context: &Context, qpn: u32, target: &Target) {
+        let dest = match target {
+            Target::Datagram(dest) => Some((dest.dgid, dest.qpn)),
+            _ => self.dest,
+        };
+        let Some((dgid, dest_qpn)) = dest else { return };
+        let request = Resolve { qpn, dest_qpn, dgid: dgid.0 };
+        let Ok((info, fds)) = context.conn.call(&request, &[]) else { return };
+        if info.state != peer_state::READY {
+            return;
+        }
+        let Ok(peer) = context.peers.admit(dest_qpn, &info, fds) else { return };
+        let path = DirectPath::new(peer);
+        match target {
+            Target::Datagram(_) => {
+                self.datagrams.insert((dgid, dest_qpn), path);
+            }
+            _ => self.connected = Some(path),
+        }
+    }
+}

@@ -1,0 +1,343 @@
+//! The send queue: post, run, stall, finish.
+//!
+//! post_send runs the request at once in the caller's thread if nothing is ahead of it; otherwise, and where it cannot
+//! finish, it waits in the queue for whoever makes progress next.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use crate::exec::{Env, LocalTable, Outcome, Progress, Request, Target, execute};
+use crate::ring::{QpShared, RqShared};
+use crate::shm::{LocalBytes, SharedBytes, copy_in};
+use crate::sync::Ordering;
+use crate::verbs::{
+    QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits, rnr_timer_us,
+};
+
+use super::super::stall::Stall;
+use super::Qp;
+use super::queue::Queue;
+use super::route::Route;
+
+/// Bytes one call may copy before it returns to the program.
+const BUDGET: u64 = 256 * 1024;
+/// rnr_retry value that means for ever.
+const RNR_FOREVER: u8 = 7;
+
+/// A send request as posted.
+#[derive(Debug, Clone, Copy)]
+pub struct SendWr<'a> {
+    pub wr_id: u64,
+    pub op: SendOp,
+    pub flags: SendFlags,
+    /// Big endian, passed through.
+    pub imm: u32,
+    pub target: Target,
+    /// With `SendFlags::INLINE`: the bytes to take now, lkeys ignored.
+    pub sges: &'a [Sge],
+}
+
+/// The send queue, under its lock.
+#[derive(Debug)]
+pub struct SendSide {
+    pub queue: Queue,
+    pub route: Route,
+    progress: Progress,
+    stall: Stall,
+    /// On the context's list of stalled queues.
+    listed: bool,
+}
+
+impl SendSide {
+    pub fn new(caps: &QpCaps) -> Self {
+        SendSide {
+            queue: Queue::new(caps),
+            route: Route::default(),
+            progress: Progress::default(),
+            stall: Stall::None,
+            listed: false,
+        }
+    }
+
+    pub fn reset(&mut self) {
+        self.queue.reset();
+        self.route = Route::default();
+        self.progress = Progress::default();
+        self.stall = Stall::None;
+    }
+}
+
+/// Copies inline data into `buffer`, as far as it goes; returns how many bytes.
+pub fn gather_inline(sges: &[Sge], buffer: &mut [u8]) -> u32 {
+    let mut at = 0;
+    for sge in sges {
+        let len = (sge.length as usize).min(buffer.len() - at);
+        // SAFETY: a live slice of at least `len` bytes.
+        let to = unsafe { SharedBytes::new(buffer[at..].as_mut_ptr(), len) };
+        // SAFETY: ibv_post_send(3): with IBV_SEND_INLINE the caller's list names readable memory.
+        unsafe { copy_in(to, LocalBytes { addr: sge.addr, len }) };
+        at += len;
+    }
+    at as u32
+}
+
+impl Qp {
+    /// ibv_post_send(3), one request.
+    pub fn post_send(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
+        let state = self.state();
+        if matches!(state, QpState::Reset | QpState::Init | QpState::Rtr) {
+            return Err(Errno::INVAL);
+        }
+        self.check_wr(wr)?;
+        let mut side = self.lock_send();
+        if self.lanes.send.used(side.queue.posted) >= self.caps.max_send_wr {
+            return Err(Errno::NOMEM);
+        }
+        if side.queue.is_idle() && state == QpState::Rts {
+            self.post_idle(&mut side, wr);
+        } else {
+            side.queue.push(wr);
+            self.run_queue(&mut side, false);
+        }
+        self.unlock_and_list(side);
+        Ok(())
+    }
+
+    fn check_wr(&self, wr: &SendWr<'_>) -> Result<(), Errno> {
+        let datagram = matches!(wr.target, Target::Datagram(_));
+        let op_fits = match self.kind() {
+            QpType::Ud => datagram && matches!(wr.op, SendOp::Send | SendOp::SendImm),
+            _ => !datagram,
+        };
+        let list_fits = wr.sges.len() <= self.caps.max_send_sge as usize;
+        let mut inline_fits = true;
+        if wr.flags.contains(SendFlags::INLINE) {
+            let len: u64 = wr.sges.iter().map(|sge| u64::from(sge.length)).sum();
+            inline_fits = len <= u64::from(self.caps.max_inline_data) && !wr.op.writes_locally();
+        }
+        if op_fits && list_fits && inline_fits { Ok(()) } else { Err(Errno::INVAL) }
+    }
+
+    /// Nothing is ahead: runs the request from the caller's own lists and only remembers it if it cannot finish.
+    fn post_idle(self: &Arc<Self>, side: &mut SendSide, wr: &SendWr<'_>) {
+        let request = Request { op: wr.op, flags: wr.flags, imm: wr.imm, target: wr.target, sges: wr.sges };
+        let SendSide { route, progress, .. } = side;
+        *progress = Progress::default();
+        match self.run(route, progress, &request) {
+            Outcome::Done { status, byte_len } => {
+                side.queue.posted = side.queue.posted.wrapping_add(1);
+                self.finish(side, wr.wr_id, wr.op, wr.flags, status, byte_len);
+                if status != WcStatus::Success {
+                    self.run_queue(side, false);
+                }
+            }
+            waits => {
+                side.queue.push(wr);
+                self.stalled(side, waits, false);
+            }
+        }
+    }
+
+    /// Runs one request as far as it gets.
+    fn run(&self, route: &mut Route, progress: &mut Progress, request: &Request<'_>) -> Outcome {
+        let context = self.context();
+        if !route.knows(&request.target) {
+            let connected = !matches!(request.target, Target::Datagram(_));
+            // A connected peer that was not there will be announced; datagrams ask each time.
+            if !connected || self.ask_again.swap(false, Ordering::AcqRel) {
+                route.resolve(context, self.qpn(), &request.target);
+            }
+        }
+        let local = LocalTable::new(&context.mrs, self.pd.id);
+        let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
+        match route.find(&request.target) {
+            Some((path, dgid)) => {
+                let (peer, mut memory) = path.bind(&context.conn, qpn, dgid);
+                let peer = Some(peer);
+                execute(
+                    request,
+                    progress,
+                    &mut Env { local, peer, memory: &mut memory, qpn, client, gid, budget: BUDGET },
+                )
+            }
+            None => {
+                let mut nowhere = Nowhere;
+                execute(
+                    request,
+                    progress,
+                    &mut Env { local, peer: None, memory: &mut nowhere, qpn, client, gid, budget: 0 },
+                )
+            }
+        }
+    }
+
+    /// Moves the queue on. Returns what its head waits for.
+    pub(crate) fn progress(self: &Arc<Self>, sleeping: bool) -> Stall {
+        let mut side = self.lock_send();
+        self.run_queue(&mut side, sleeping);
+        let stall = side.stall;
+        self.unlock_and_list(side);
+        stall
+    }
+
+    fn run_queue(self: &Arc<Self>, side: &mut SendSide, sleeping: bool) {
+        loop {
+            let SendSide { queue, route, progress, .. } = side;
+            let Some((wr_id, request)) = queue.head() else { break };
+            let (op, flags) = (request.op, request.flags);
+            match self.state() {
+                QpState::Rts => match self.run(route, progress, &request) {
+                    Outcome::Done { status, byte_len } => {
+                        self.finish(side, wr_id, op, flags, status, byte_len)
+                    }
+                    waits => match self.stalled(side, waits, sleeping) {
+                        Some(status) => self.finish(side, wr_id, op, flags, status, 0),
+                        None => return,
+                    },
+                },
+                QpState::Err | QpState::Sqe => self.finish(side, wr_id, op, flags, WcStatus::WrFlushErr, 0),
+                _ => break,
+            }
+        }
+        side.stall = Stall::None;
+    }
+
+    /// The head waits: until when? Some: it has waited long enough and ends with that status.
+    fn stalled(&self, side: &mut SendSide, waits: Outcome, sleeping: bool) -> Option<WcStatus> {
+        let before = std::mem::replace(&mut side.stall, Stall::More);
+        match waits {
+            Outcome::Done { .. } | Outcome::Again => None,
+            Outcome::Rnr => {
+                let deadline = match before {
+                    Stall::Rnr { deadline } => deadline,
+                    _ => self.rnr_deadline(side),
+                };
+                side.stall = Stall::Rnr { deadline };
+                if expired(deadline) {
+                    return Some(WcStatus::RnrRetryExcErr);
+                }
+                if sleeping && self.ask_to_be_told(side) {
+                    side.stall = Stall::More; // one was posted meanwhile
+                }
+                None
+            }
+            Outcome::Absent => {
+                let deadline = match before {
+                    Stall::Absent { deadline } => deadline,
+                    _ => self.retry_deadline(),
+                };
+                side.stall = Stall::Absent { deadline };
+                expired(deadline).then_some(WcStatus::RetryExcErr)
+            }
+        }
+    }
+
+    /// Leaves word with the peer that a send waits. True: there is a receive after all.
+    fn ask_to_be_told(&self, side: &mut SendSide) -> bool {
+        let Some((path, _)) = side.route.find(&Target::Receive) else { return false };
+        let shared = &path.peer.qp[0];
+        shared.wait_for_receive();
+        RqShared::new(&path.peer.slots).ready(&shared.head)
+    }
+
+    fn rnr_deadline(&self, side: &mut SendSide) -> Option<Instant> {
+        let attr = self.query();
+        if attr.rnr_retry == RNR_FOREVER {
+            return None;
+        }
+        let timer = side
+            .route
+            .find(&Target::Receive)
+            .map_or(0, |(p, _)| p.peer.qp[0].rnr_timer.load(Ordering::Relaxed));
+        let wait = Duration::from_micros(rnr_timer_us(timer)) * u32::from(attr.rnr_retry);
+        Some(Instant::now() + wait)
+    }
+
+    fn retry_deadline(&self) -> Option<Instant> {
+        let attr = self.query();
+        let timeout = ack_timeout_us(u32::from(attr.timeout))?;
+        Some(Instant::now() + Duration::from_micros(timeout) * (u32::from(attr.retry_cnt) + 1))
+    }
+
+    /// The head of the queue ended.
+    fn finish(
+        &self,
+        side: &mut SendSide,
+        wr_id: u64,
+        op: SendOp,
+        flags: SendFlags,
+        status: WcStatus,
+        byte_len: u32,
+    ) {
+        side.queue.next = side.queue.next.wrapping_add(1);
+        side.progress = Progress::default();
+        side.stall = Stall::None;
+        let ok = status == WcStatus::Success;
+        let wanted = self.sq_sig_all || flags.contains(SendFlags::SIGNALED) || !ok;
+        self.lanes.send.finish(wr_id, op, status, byte_len, wanted);
+        let counters = &self.lanes.shared[0];
+        if ok {
+            QpShared::count(&counters.tx_bytes, u64::from(byte_len));
+        } else if status != WcStatus::WrFlushErr {
+            QpShared::count(&counters.errors, 1);
+            self.send_failed();
+        }
+        if wanted {
+            self.send_cq.completed(self.send_bit, !ok);
+        }
+    }
+
+    /// A send ended in error: a connected QP goes to ERR, a datagram QP's send queue to SQE.
+    fn send_failed(&self) {
+        if self.kind() == QpType::Ud {
+            self.lanes.set_state(QpState::Sqe);
+        } else if self.state() != QpState::Err {
+            self.lanes.set_state(QpState::Err);
+            self.recv_cq.completed(self.recv_bit, true);
+        }
+    }
+
+    /// Releases the lock, then puts a queue that has come to wait on the list.
+    fn unlock_and_list(self: &Arc<Self>, mut side: std::sync::MutexGuard<'_, SendSide>) {
+        let list = side.stall != Stall::None && !std::mem::replace(&mut side.listed, true);
+        drop(side);
+        if list {
+            self.context().stalled.add(self);
+            self.context().helper.watch();
+        }
+    }
+
+    /// The list's question: may the queue be taken off?
+    pub(crate) fn unlist_if_idle(&self) -> bool {
+        let mut side = self.lock_send();
+        if side.stall == Stall::None {
+            side.listed = false;
+        }
+        !side.listed
+    }
+}
+
+fn expired(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|at| Instant::now() >= at)
+}
+
+/// The memory of a peer that is not there.
+struct Nowhere;
+
+impl crate::exec::PeerMemory for Nowhere {
+    fn reach(&mut self, _: &crate::ring::MrEntry, _: u32, _: u64, len: u64) -> crate::exec::Reach {
+        crate::exec::Reach::Far(len)
+    }
+
+    fn far(&mut self, _: crate::exec::FarCopy) -> Result<(), Errno> {
+        Err(Errno::HOSTUNREACH)
+    }
+
+    fn bell(&mut self) {}
+
+    fn fault(&mut self) {}
+}
+
+const _: () = assert!(limits::INLINE as u64 <= BUDGET && limits::MTU as u64 <= BUDGET);
