@@ -299,8 +299,10 @@ fn realloc_beside_another_registration() {
     let pd = pd();
     let big = 256 << 10;
     for _ in 0..8 {
-        // SAFETY: plain malloc of sizes that glibc maps one by one, side by side.
-        let (a, b, c) = unsafe { (libc::malloc(big), libc::malloc(big), libc::malloc(big)) };
+        let [a, b, c] = [(); 3].map(|()| {
+            // SAFETY: plain malloc of sizes that glibc maps one by one, side by side.
+            unsafe { libc::malloc(big) }
+        });
         let bytes = |p: *mut libc::c_void, n: usize| {
             // SAFETY: n bytes of the chunk at p.
             unsafe { std::slice::from_raw_parts_mut(p.cast::<u8>(), n) }
