@@ -427,9 +427,9 @@ pub(super) fn read_in(scratch: u64, len: u64, fd: BorrowedFd<'_>, off: u64) -> R
     Ok(())
 }
 
-/// Moves `[vma.start, vma.end)` (already clipped to what shall move) into the file at `off`. Returns how far it
+/// Moves `[vma.start, vma.end)` (already clipped to what shall move) into the file at `off`. Tells how far it
 /// got: what is left over stayed as it was.
-pub(super) fn move_in(vma: &Vma, fd: BorrowedFd<'_>, off: u64) -> u64 {
+pub(super) fn move_in(vma: &Vma, fd: BorrowedFd<'_>, off: u64) -> (u64, Result<(), Errno>) {
     let mut at = vma.start;
     while at < vma.end {
         let len = CHUNK.min(vma.end - at);
@@ -444,11 +444,11 @@ pub(super) fn move_in(vma: &Vma, fd: BorrowedFd<'_>, off: u64) -> u64 {
             r
         });
         if moved.is_err() {
-            break;
+            return (at, moved);
         }
         at += len;
     }
-    at
+    (at, Ok(()))
 }
 
 /// Longest scratch mapping used when pages are given back.

@@ -17,6 +17,7 @@ mod os;
 mod plan;
 mod registry;
 mod table;
+mod threads;
 mod windows;
 
 use std::ops::ControlFlow;
@@ -53,6 +54,10 @@ pub enum MemError {
     TooManyPds(usize),
     #[error("this PD belongs to the parent process")]
     Forked,
+    #[error("thread {0} blocks SIGSEGV: it would die of writing to memory that is being moved")]
+    FaultsBlocked(i32),
+    #[error("{0} pieces of moved memory are as many mappings as the kernel lets us have (vm.max_map_count)")]
+    TooManyRuns(usize),
 }
 
 impl MemError {
@@ -63,8 +68,8 @@ impl MemError {
             MemError::Wraps { .. } | MemError::Forked => Errno::INVAL,
             MemError::System { errno, .. } | MemError::NoProc(errno) => *errno,
             MemError::FileSizeLimit(_) => Errno::FBIG,
-            MemError::HandlerTaken(_) => Errno::BUSY,
-            MemError::TooManyPds(_) => Errno::NOMEM,
+            MemError::HandlerTaken(_) | MemError::FaultsBlocked(_) => Errno::BUSY,
+            MemError::TooManyPds(_) | MemError::TooManyRuns(_) => Errno::NOMEM,
         }
     }
 }
@@ -116,6 +121,8 @@ pub struct PdMemory {
     book: Mutex<Book>,
 }
 
+type Pieces = (Vec<Piece>, Option<MemError>);
+
 struct Book {
     table: Table,
     windows: Windows,
@@ -154,13 +161,13 @@ impl PdMemory {
         let maps = Maps::open().map_err(MemError::NoProc)?;
         let vmas = mappings(&maps, span.outer())?;
         span.check(&vmas, want)?;
-        let pieces = self.pieces(&maps, &vmas, span.movable(want))?;
-        let mut parts = self.with_book(|book| self.take_pieces(book, &pieces));
+        let (pieces, mut unmoved) = self.pieces(&maps, &vmas, span.movable(want))?;
+        let mut parts = self.with_book(|book| self.take_pieces(book, &pieces, &mut unmoved));
         let extents = plan::extents(&span, &parts, MAX_EXTENTS);
         let beyond: Vec<Part> =
             split_off(&mut parts, |p| extents.iter().any(|e| p.start < e.va + e.len && e.va < p.end));
         self.release(&maps, &beyond, false);
-        Ok(Registration { pd: self.clone(), parts, extents, retire: false })
+        Ok(Registration { pd: self.clone(), parts, extents, unmoved, retire: false })
     }
 
     /// The PD was made before a fork, by the parent.
@@ -177,24 +184,26 @@ impl PdMemory {
         r
     }
 
-    /// What is in the file already or can be moved there now.
-    fn pieces(&self, maps: &Maps, vmas: &[Vma], range: (u64, u64)) -> Result<Vec<Piece>, MemError> {
+    /// What is in the file already or can be moved there now; and why not the rest, if nothing can.
+    fn pieces(&self, maps: &Maps, vmas: &[Vma], range: (u64, u64)) -> Result<Pieces, MemError> {
         let mut pieces = plan::pieces(vmas, range, self.file, &[]);
         if pieces.iter().all(|p| p.own) {
-            return Ok(pieces);
+            return Ok((pieces, None));
         }
-        if freeze::ready().is_err() {
+        let threads = threads::look(maps)?;
+        let refused = freeze::ready().err().or(threads.blocked.map(MemError::FaultsBlocked));
+        if refused.is_some() {
             pieces.retain(|p| p.own);
-            return Ok(pieces);
+            return Ok((pieces, refused));
         }
-        let mut zones = os::stack_zones(maps)?;
+        let mut zones = threads.zones;
         zones.extend(freeze::own_zone());
         pieces = plan::pieces(vmas, range, self.file, &zones);
         pieces.retain(|p| p.own || !os::locked_or_growing(&p.vma));
-        Ok(pieces)
+        Ok((pieces, None))
     }
 
-    fn take_pieces(&self, book: &mut Book, pieces: &[Piece]) -> Vec<Part> {
+    fn take_pieces(&self, book: &mut Book, pieces: &[Piece], unmoved: &mut Option<MemError>) -> Vec<Part> {
         let mut parts: Vec<Part> = Vec::new();
         for (i, piece) in pieces.iter().enumerate() {
             if piece.own {
@@ -203,9 +212,13 @@ impl PdMemory {
             }
             let right = pieces.get(i + 1).filter(|n| n.own && n.vma.start == piece.vma.end);
             let left = parts.last().filter(|p| p.end == piece.vma.start);
-            let Some(off) = book.place(&piece.vma, left, right.map(|n| &n.vma)) else { continue };
-            let end = freeze::move_in(&piece.vma, self.fd(), off);
-            if end < piece.vma.end {
+            let Some(off) = book.place(&piece.vma, left, right.map(|n| &n.vma)) else {
+                *unmoved = Some(MemError::TooManyRuns(RUNS.load(Ordering::Relaxed)));
+                continue;
+            };
+            let (end, result) = freeze::move_in(&piece.vma, self.fd(), off);
+            if let Err(errno) = result {
+                *unmoved = Some(MemError::System { what: "moving pages", errno });
                 book.windows.release(off + (end - piece.vma.start), piece.vma.end - end);
             }
             if end > piece.vma.start {
@@ -394,6 +407,7 @@ pub struct Registration {
     pd: Arc<PdMemory>,
     parts: Vec<Part>,
     extents: Vec<Extent>,
+    unmoved: Option<MemError>,
     retire: bool,
 }
 
@@ -403,12 +417,19 @@ impl Registration {
         &self.extents
     }
 
+    /// What kept memory from moving that could have moved: something an operator can change.
+    pub fn unmoved_because(&self) -> Option<&MemError> {
+        self.unmoved.as_ref()
+    }
+
     /// Whether the extents are still mapped from where they were: a program may unmap and map again without
     /// deregistering, and then this registration is dead.
     pub fn still_mapped(&self) -> bool {
         if self.pd.is_foreign() {
             return false;
         }
+        // Not while a fork has the mappings otherwise.
+        let _mover = mover();
         let Ok(maps) = Maps::open() else { return false };
         self.extents.iter().all(|e| self.is_mapped(&maps, e).unwrap_or(false))
     }
@@ -460,30 +481,49 @@ pub unsafe fn madvise_moved(addr: u64, len: u64, advice: i32) -> Option<Result<(
         return None;
     }
     let maps = Maps::open().ok()?;
-    let mut moved = false;
+    let found = find_moved(&maps, addr, end)?;
+    let mut done = discard(&maps, addr, end, advice);
+    if found == Found::ForkUnderWay && done.is_ok() {
+        // The fork may have merged old bytes back just then. (Waiting for its end is out of the question: the
+        // caller may be an allocator that holds a lock which fork takes.)
+        done = discard(&maps, addr, end, advice);
+    }
+    Some(done)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Moved,
+    ForkUnderWay,
+}
+
+fn find_moved(maps: &Maps, addr: u64, end: u64) -> Option<Found> {
+    let mut found = None;
     let looked = maps.over(addr, end, |vma| {
-        moved |= vma.shared && registry::find(&vma).is_some();
-        if moved { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if registry::find(&vma).is_some() {
+            found = Some(if vma.shared { Found::Moved } else { Found::ForkUnderWay });
+        }
+        if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
-    (looked.is_ok() && moved).then(|| discard(&maps, addr, end, advice))
+    looked.ok().and(found)
 }
 
 fn discard(maps: &Maps, addr: u64, end: u64, advice: i32) -> Result<(), Errno> {
-    let (mut at, mut result) = (addr, Ok(()));
+    let (mut at, mut hole) = (addr, false);
+    let mut result = Ok(());
     maps.over(addr, end, |vma| {
-        if vma.start > at {
-            // The kernel does the rest too, then says that there was a hole.
-            result = Err(Errno::NOMEM);
-        }
+        hole |= vma.start > at;
         at = vma.end;
         let part = vma.clip(addr, end);
-        let done = match registry::find(&vma).filter(|_| vma.shared) {
-            // MADV_FREE allows old bytes to stay for a while: at once is a special case.
-            Some(fd) => os::punch(fd, part.offset, part.end - part.start),
-            None => os::advise(part.start, part.end - part.start, advice),
+        let len = part.end - part.start;
+        // MADV_FREE allows old bytes to stay for a while: at once is a special case.
+        let punched = registry::find(&vma).map(|fd| os::punch(fd, part.offset, len));
+        result = match punched {
+            Some(done) if vma.shared || done.is_err() => done,
+            _ => os::advise(part.start, len, advice),
         };
-        result = result.and(done);
-        if done.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if result.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
-    if at < end { result.and(Err(Errno::NOMEM)) } else { result }
+    // The kernel too does what it can, then says that there was a hole.
+    result.and(if hole || at < end { Err(Errno::NOMEM) } else { Ok(()) })
 }

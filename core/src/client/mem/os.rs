@@ -263,84 +263,6 @@ pub(super) fn locked_or_growing(vma: &Vma) -> bool {
     cold.is_err() || grows.is_ok()
 }
 
-/// Address ranges that must not freeze: stacks (a fault on them cannot be handled), and the threads' control
-/// blocks, into which the kernel itself writes.
-pub(super) fn stack_zones(maps: &Maps) -> Result<Vec<(u64, u64)>, MemError> {
-    let mut zones = own_stack(maps)?;
-    let main = rustix::process::getpid().as_raw_nonzero().get();
-    let tasks = std::fs::read_dir("/proc/self/task").map_err(|_| MemError::NoProc(last_errno()))?;
-    for task in tasks.flatten() {
-        let tid = task.file_name().to_str().and_then(|n| n.parse::<i32>().ok());
-        if let Some(block) = tid.and_then(control_block) {
-            zones.push(thread_zone(maps, block, tid == Some(main))?);
-        }
-    }
-    Ok(zones)
-}
-
-/// How far a control block reaches below and above the list head in it. (glibc 2.36: 736 and 1584; not more, so
-/// that memory right above a stack is not taken for a part of it.)
-const BELOW: u64 = 4096;
-const ABOVE: u64 = 1536;
-/// A stack without a guard below it is taken to be no longer than this.
-const STACK_MAX: u64 = 64 << 20;
-
-fn thread_zone(maps: &Maps, block: u64, main: bool) -> Result<(u64, u64), MemError> {
-    let top = (block + ABOVE) | (page_size() - 1);
-    if main {
-        // Its stack is `[stack]`; here lie the control block and the thread-local variables below it.
-        return Ok(((block - BELOW) & !(page_size() - 1), top + 1));
-    }
-    let mut low = block.saturating_sub(STACK_MAX);
-    maps.over(block, block + 1, |vma| {
-        low = low.max(vma.start);
-        ControlFlow::Break(())
-    })
-    .map_err(MemError::NoProc)?;
-    Ok((low, top + 1))
-}
-
-/// The address of the thread's robust list head, which lies in its control block. None: it has just ended.
-fn control_block(tid: i32) -> Option<u64> {
-    let (mut head, mut len) = (0u64, 0usize);
-    // SAFETY: the kernel writes one pointer and one length, into variables of that size.
-    let r = unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) };
-    (r == 0 && head != 0).then_some(head)
-}
-
-/// The caller's stack as the thread library knows it, and whatever mapping it is running on now.
-fn own_stack(maps: &Maps) -> Result<Vec<(u64, u64)>, MemError> {
-    let (low, size) = pthread_stack().ok_or(MemError::NoProc(Errno::SRCH))?;
-    let mut zones = vec![(low, low + size)];
-    let here = (&raw const zones) as u64;
-    if !(low..low + size).contains(&here) {
-        // A stack the program made itself: leave its whole mapping alone.
-        maps.over(here, here + 1, |vma| {
-            zones.push((vma.start, vma.end));
-            ControlFlow::Break(())
-        })
-        .map_err(MemError::NoProc)?;
-    }
-    Ok(zones)
-}
-
-fn pthread_stack() -> Option<(u64, u64)> {
-    // SAFETY: all-zero bytes are a valid value of this plain structure.
-    let mut attr: libc::pthread_attr_t = unsafe { std::mem::zeroed() };
-    let (mut low, mut size) = (ptr::null_mut(), 0usize);
-    // SAFETY: always possible, no precondition.
-    let me = unsafe { libc::pthread_self() };
-    // SAFETY: `me` is the running thread; `attr` is filled in.
-    if unsafe { libc::pthread_getattr_np(me, &raw mut attr) } != 0 {
-        return None;
-    }
-    // SAFETY: `attr` was filled in by pthread_getattr_np.
-    let got = unsafe { libc::pthread_attr_getstack(&raw const attr, &raw mut low, &raw mut size) };
-    // SAFETY: as above, and not used afterwards.
-    unsafe { libc::pthread_attr_destroy(&raw mut attr) };
-    (got == 0).then_some((low as u64, size as u64))
-}
-
 /// A quarter of the mappings the kernel allows.
 pub(super) fn run_limit() -> usize {
     let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
@@ -360,7 +282,7 @@ pub(super) fn advise(start: u64, len: u64, advice: i32) -> Result<(), Errno> {
     if r == 0 { Ok(()) } else { Err(last_errno()) }
 }
 
-fn last_errno() -> Errno {
+pub(super) fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
 
@@ -392,18 +314,6 @@ mod tests {
         assert_eq!(a.len(), 1);
         assert!(a[0].is_plain());
         assert_eq!(a, b);
-    }
-
-    #[test]
-    fn the_running_stack_is_a_zone() {
-        let maps = Maps::open().unwrap();
-        let local = 0u8;
-        let here = (&raw const local) as u64;
-        let inside = |z: &[(u64, u64)]| z.iter().any(|(s, e)| (*s..*e).contains(&here));
-        assert!(inside(&stack_zones(&maps).unwrap()));
-        // And seen from another thread, which finds it by the control block alone.
-        let zones = std::thread::spawn(|| stack_zones(&Maps::open().unwrap()).unwrap()).join().unwrap();
-        assert!(inside(&zones));
     }
 
     #[test]
