@@ -167,13 +167,29 @@ fn place_all(from: &Path, to: &Path) -> Result<()> {
     for entry in entries {
         let entry = entry.context(format_args!("cannot read {}", from.display()))?;
         let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
+        if entry.path().is_symlink() {
+            link(&entry.path(), &target)?;
+        } else if entry.path().is_dir() {
             place_all(&entry.path(), &target)?;
         } else {
             place(&entry.path(), &target)?;
         }
     }
     Ok(())
+}
+
+/// Makes the same symbolic link: were libibverbs.so a copy of libibverbs.so.1, a process could load both.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    let aside = to.with_extension("new");
+    let make = || -> io::Result<()> {
+        match fs::remove_file(&aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        std::os::unix::fs::symlink(fs::read_link(from)?, &aside)?;
+        fs::rename(&aside, to)
+    };
+    make().context(format_args!("cannot make the link {}", to.display()))
 }
 
 /// Copies a file aside and renames it, so that programs which have the old one mapped keep it. A hard link would let
@@ -239,10 +255,13 @@ mod tests {
         fs::write(&dist.binary, "b").unwrap();
         fs::write(dist.libraries.join("libibverbs.so.1"), "v").unwrap();
         fs::write(dist.libraries.join("ucx/libuct_ff.so.0"), "u").unwrap();
+        std::os::unix::fs::symlink("libibverbs.so.1", dist.libraries.join("libibverbs.so")).unwrap();
         let dir = base.join("containers/c1");
         prepare(&dist, &dir).unwrap();
         prepare(&dist, &dir).unwrap();
         assert_eq!(fs::read(dir.join("lib/freeflow/ucx/libuct_ff.so.0")).unwrap(), b"u");
+        let link = fs::read_link(dir.join("lib/freeflow/libibverbs.so")).unwrap();
+        assert_eq!(link, Path::new("libibverbs.so.1"));
         assert_eq!(fs::read(dir.join("bin/freeflow")).unwrap(), b"b");
         let mode = fs::metadata(base.join("containers")).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);

@@ -12,8 +12,8 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use rustix::fs::FlockOperation;
 
 use super::failure::{Context as _, Failure, Result};
-use super::paths;
 use super::sys::ChildSetup;
+use super::{paths, vars};
 
 /// How much of the log a failed start quotes.
 const QUOTED_LOG: u64 = 2000;
@@ -22,6 +22,7 @@ const QUOTED_LOG: u64 = 2000;
 pub fn spawn(socket: &Path, config: Option<&Path>, log: Stdio, setup: ChildSetup) -> Result<Child> {
     let binary = std::env::current_exe().context("cannot tell where this program is")?;
     let mut command = Command::new(binary);
+    vars::forget_unknown(&mut command);
     command.args(["router", "--ready-on-stdout", "--socket"]).arg(socket);
     if let Some(config) = config {
         command.arg("--config").arg(config);

@@ -12,6 +12,7 @@ use freeflow_router::admin;
 use super::doors::Doors;
 use super::failure::{CANNOT_EXECUTE, Context as _, Failure, NOT_FOUND, OWN_FAILURE, Result};
 use super::paths::{self, Dist};
+use super::vars;
 
 /// Run a program with FreeFlow's RDMA device; exit status and signals are the program's own.
 #[derive(Debug, Parser)]
@@ -74,7 +75,7 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 /// A process between us and the router: were it our own child, the program we become would inherit it.
 fn start(socket: &Path) -> Result<()> {
     let binary = std::env::current_exe().context("cannot tell where this program is")?;
-    let status = Command::new(binary)
+    let status = vars::forget_unknown(&mut Command::new(binary))
         .args(["router", "--detach", "--socket"])
         .arg(socket)
         .stdin(Stdio::null())

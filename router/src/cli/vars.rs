@@ -1,5 +1,7 @@
 //! The FREEFLOW_* variables: every name the product knows, with its meaning, declared once.
 
+use std::process::Command;
+
 pub const SOCKET: &str = "FREEFLOW_SOCKET";
 pub const NAME: &str = "FREEFLOW_NAME";
 pub const LOG: &str = "FREEFLOW_LOG";
@@ -22,10 +24,21 @@ Variables:
 
 /// Warns about each variable that looks like ours and is not: most likely a typing error.
 pub fn warn_unknown() {
-    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-    for name in unknown(names) {
+    for name in unknown(names()) {
         eprintln!("freeflow: warning: unknown variable {name} is ignored (known: {})", known_names());
     }
+}
+
+/// Keeps them from a process of our own that would warn a second time.
+pub fn forget_unknown(command: &mut Command) -> &mut Command {
+    for name in unknown(names()) {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn names() -> impl Iterator<Item = String> {
+    std::env::vars_os().filter_map(|(name, _)| name.into_string().ok())
 }
 
 fn unknown(names: impl Iterator<Item = String>) -> Vec<String> {

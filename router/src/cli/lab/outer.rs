@@ -15,6 +15,7 @@ use super::{Args, cgroups, state, userns};
 use crate::cli::failure::{Context as _, Failure, Result};
 use crate::cli::paths::{self, Dist};
 use crate::cli::sys::{self, ChildSetup, ENDING, SignalSet};
+use crate::cli::vars;
 
 /// Name of the hidden subcommand that the inner process is.
 pub const INNER_COMMAND: &str = "lab-inner";
@@ -116,7 +117,7 @@ fn start(spec: &Spec) -> Result<Inner> {
     let binary = std::env::current_exe().context("cannot tell where this program is")?;
     let json = serde_json::to_string(spec).context("cannot write the lab's description")?;
     let mut command = Command::new(binary);
-    command.arg(INNER_COMMAND).arg(json);
+    vars::forget_unknown(&mut command).arg(INNER_COMMAND).arg(json);
     let setup = ChildSetup { unshare: UnshareFlags::NEWNS | UnshareFlags::NEWNET, ..ChildSetup::default() };
     let child = setup.apply(&mut command).spawn().map_err(|error| {
         Failure::new(format!("cannot start a process in new mount and network namespaces: {error}"))
