@@ -60,7 +60,7 @@ fn explain(done: &Done, table: &Table) {
             eprintln!("demo: no result from {what}: the RDMA data path does not work in this build");
         }
     }
-    eprintln!("{}", done.stderr.trim_end());
+    eprintln!("{}", done.tail());
 }
 
 /// TCP at one message size.

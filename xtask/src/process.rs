@@ -16,6 +16,9 @@ use crate::failure::{Context as _, Failure, Result};
 /// Time a group has to clean up after SIGTERM, before SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// How many lines of each output a failure quotes.
+const QUOTED: usize = 30;
+
 /// What a program did.
 #[derive(Debug)]
 pub struct Done {
@@ -29,6 +32,15 @@ pub struct Done {
 impl Done {
     pub fn success(&self) -> bool {
         self.status.success() && !self.timed_out
+    }
+
+    /// The last lines of both outputs.
+    pub fn tail(&self) -> String {
+        let quote = |text: &str| {
+            let lines: Vec<&str> = text.lines().collect();
+            lines[lines.len().saturating_sub(QUOTED)..].join("\n")
+        };
+        format!("{}\n{}", quote(&self.stdout), quote(&self.stderr))
     }
 
     /// The end in words.
