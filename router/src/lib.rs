@@ -1,1 +1,4 @@
 //! freeflow: the router daemon and its command line.
+
+pub mod admin;
+pub mod daemon;

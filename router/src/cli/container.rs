@@ -1,0 +1,270 @@
+//! `freeflow container`: prepares the directory that a docker, podman or runc container mounts at /run/freeflow.
+//!
+//! Owns what is in that directory: the libraries, this binary, and the container's own socket, which is its identity.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use freeflow_router::admin::{self, Add, Container};
+
+use super::doors::Doors;
+use super::failure::{Context as _, Failure, Result};
+use super::paths::{self, Dist};
+
+/// Where a container sees its directory.
+pub const INSIDE: &str = "/run/freeflow";
+
+/// Prepare containers of docker, podman or runc.
+#[derive(Debug, Subcommand)]
+pub enum Args {
+    Add(AddArgs),
+    Rm(RmArgs),
+    Ls(LsArgs),
+}
+
+/// Prepare a directory to mount at /run/freeflow, and print the flags to use.
+#[derive(Debug, Parser)]
+#[command(after_help = "\
+Examples:
+  freeflow container add web --ip 10.9.0.1
+  docker run $(freeflow container add web --flags) IMAGE CMD")]
+pub struct AddArgs {
+    name: String,
+    /// The container's virtual address (default: one from the router's pool)
+    #[arg(long, value_name = "A")]
+    ip: Option<IpAddr>,
+    /// The container's tenant
+    #[arg(long, value_name = "T")]
+    tenant: Option<String>,
+    /// Directory to prepare (default: containers/NAME beside the router's socket)
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Socket of the router to use
+    #[arg(long, visible_alias = "socket", value_name = "SOCK")]
+    router: Option<PathBuf>,
+    /// Print nothing but the flags, on one line
+    #[arg(long)]
+    flags: bool,
+}
+
+/// Remove a container: what its processes hold is destroyed as if they had died.
+#[derive(Debug, Parser)]
+#[command(after_help = "Example:\n  freeflow container rm web")]
+pub struct RmArgs {
+    name: String,
+    /// Socket of the router to use
+    #[arg(long, visible_alias = "socket", value_name = "SOCK")]
+    router: Option<PathBuf>,
+}
+
+/// List containers.
+#[derive(Debug, Parser)]
+#[command(after_help = "Example:\n  freeflow container ls --json")]
+pub struct LsArgs {
+    #[arg(long)]
+    json: bool,
+    /// Socket of the router to use
+    #[arg(long, visible_alias = "socket", value_name = "SOCK")]
+    router: Option<PathBuf>,
+}
+
+pub fn main(args: Args) -> Result<ExitCode> {
+    match args {
+        Args::Add(args) => add(args),
+        Args::Rm(args) => rm(&args),
+        Args::Ls(args) => ls(&args),
+    }
+}
+
+fn connect(router: Option<&Path>) -> Result<(PathBuf, admin::Client)> {
+    let socket = paths::router_socket(router)?;
+    let client = admin::Client::connect(&socket)?;
+    Ok((socket, client))
+}
+
+fn add(args: AddArgs) -> Result<ExitCode> {
+    let dist = Dist::find()?;
+    let (router, mut client) = connect(args.router.as_deref())?;
+    check_name(&args.name)?;
+    let dir = args.dir.unwrap_or_else(|| default_dir(&router, &args.name));
+    let dir = std::path::absolute(&dir).context(format_args!("cannot use {}", dir.display()))?;
+    prepare(&dist, &dir)?;
+    let container =
+        client.add(Add { name: args.name, ip: args.ip, tenant: args.tenant, dir: Some(dir.clone()) })?;
+    let flags = flags(&dist, &dir, &container);
+    if args.flags {
+        println!("{}", flags.join(" "));
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{}: {} (tenant {}), {}", container.name, container.vip, container.tenant, dir.display());
+    println!("Flags for docker run and podman run:");
+    for flag in &flags {
+        println!("  {flag}");
+    }
+    println!("For a runc bundle: bind {} at {INSIDE}, and set the same variables.", dir.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A name becomes a directory and part of messages: letters, digits, `-`, `_`, `.`, not first a dot.
+pub fn check_name(name: &str) -> Result<()> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || name.len() > 63 || name.starts_with('.') || !name.chars().all(legal) {
+        return Err(Failure::new(format!(
+            "{name:?} is no container name: 1 to 63 letters, digits, '-', '_', '.', the first no '.'"
+        )));
+    }
+    Ok(())
+}
+
+fn default_dir(router: &Path, name: &str) -> PathBuf {
+    router.with_file_name("containers").join(name)
+}
+
+fn flags(dist: &Dist, dir: &Path, container: &Container) -> Vec<String> {
+    let mut flags = vec![format!("--mount type=bind,src={},dst={INSIDE},readonly", dir.display())];
+    for (name, value) in inside_doors(dist, &container.name, |_| None).variables {
+        flags.push(format!("-e {name}={}", value.display()));
+    }
+    flags
+}
+
+/// The doors of a program inside a container that has its directory at [`INSIDE`].
+pub fn inside_doors(
+    dist: &Dist,
+    name: &str,
+    inherited: impl Fn(&str) -> Option<std::ffi::OsString>,
+) -> Doors {
+    let inside = Path::new(INSIDE);
+    let socket = inside.join(admin::CONTAINER_SOCKET_NAME);
+    Doors::new(&dist.libraries, &inside.join("lib/freeflow"), &socket, Some(name), inherited)
+}
+
+/// Fills `dir` with the libraries and this binary. The directory above is for its owner alone: who reaches a
+/// container's socket is that container.
+fn prepare(dist: &Dist, dir: &Path) -> Result<()> {
+    if let Some(parent) = dir.parent() {
+        paths::make_dir(parent, 0o700)?;
+    }
+    paths::make_dir(dir, 0o755)?;
+    place_tree(dist, dir)
+}
+
+/// Puts the distribution tree (bin/ and lib/freeflow/) into `dir`.
+pub fn place_tree(dist: &Dist, dir: &Path) -> Result<()> {
+    paths::make_dir(&dir.join("bin"), 0o755)?;
+    place(&dist.binary, &dir.join("bin/freeflow"))?;
+    place_all(&dist.libraries, &dir.join("lib/freeflow"))
+}
+
+fn place_all(from: &Path, to: &Path) -> Result<()> {
+    paths::make_dir(to, 0o755)?;
+    let entries = fs::read_dir(from).context(format_args!("cannot read {}", from.display()))?;
+    for entry in entries {
+        let entry = entry.context(format_args!("cannot read {}", from.display()))?;
+        let target = to.join(entry.file_name());
+        if entry.path().is_symlink() {
+            link(&entry.path(), &target)?;
+        } else if entry.path().is_dir() {
+            place_all(&entry.path(), &target)?;
+        } else {
+            place(&entry.path(), &target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the same symbolic link: were libibverbs.so a copy of libibverbs.so.1, a process could load both.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    let aside = to.with_extension("new");
+    let make = || -> io::Result<()> {
+        match fs::remove_file(&aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        std::os::unix::fs::symlink(fs::read_link(from)?, &aside)?;
+        fs::rename(&aside, to)
+    };
+    make().context(format_args!("cannot make the link {}", to.display()))
+}
+
+/// Copies a file aside and renames it, so that programs which have the old one mapped keep it. A hard link would let
+/// a container that mounts the directory writable change the host's own libraries.
+fn place(from: &Path, to: &Path) -> Result<()> {
+    let aside = to.with_extension("new");
+    let copy = || -> io::Result<()> {
+        fs::copy(from, &aside)?;
+        fs::set_permissions(&aside, fs::Permissions::from_mode(0o755))?;
+        fs::rename(&aside, to)
+    };
+    copy().context(format_args!("cannot copy {} to {}", from.display(), to.display()))
+}
+
+fn rm(args: &RmArgs) -> Result<ExitCode> {
+    let (router, mut client) = connect(args.router.as_deref())?;
+    check_name(&args.name)?;
+    client.rm(&args.name)?;
+    let dir = default_dir(&router, &args.name);
+    match fs::remove_dir_all(&dir) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(ExitCode::SUCCESS),
+        Err(error) => Err(error).context(format_args!("cannot remove {}", dir.display())),
+    }
+}
+
+fn ls(args: &LsArgs) -> Result<ExitCode> {
+    let (_, mut client) = connect(args.router.as_deref())?;
+    let containers = client.ls()?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&containers).context("cannot print")?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{:<20} {:<16} {:<24} {:>5}  SOCKET", "NAME", "TENANT", "VIP", "PROCS");
+    for c in containers {
+        let (vip, procs) = (c.vip.to_string(), c.pids.len());
+        println!("{:<20} {:<16} {vip:<24} {procs:>5}  {}", c.name, c.tenant, c.socket.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_would_leave_the_directory_are_refused() {
+        for good in ["c1", "h1c2", "web-1.x"] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+        let long = "x".repeat(64);
+        for bad in ["", ".", "..", "a/b", "a b", long.as_str()] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_tree_is_copied_with_its_folders() {
+        let base = std::env::temp_dir().join(format!("ff-place-{}", std::process::id()));
+        let dist = Dist { binary: base.join("dist/bin/freeflow"), libraries: base.join("dist/lib/freeflow") };
+        fs::create_dir_all(base.join("dist/bin")).unwrap();
+        fs::create_dir_all(dist.libraries.join("ucx")).unwrap();
+        fs::write(&dist.binary, "b").unwrap();
+        fs::write(dist.libraries.join("libibverbs.so.1"), "v").unwrap();
+        fs::write(dist.libraries.join("ucx/libuct_ff.so.0"), "u").unwrap();
+        std::os::unix::fs::symlink("libibverbs.so.1", dist.libraries.join("libibverbs.so")).unwrap();
+        let dir = base.join("containers/c1");
+        prepare(&dist, &dir).unwrap();
+        prepare(&dist, &dir).unwrap();
+        assert_eq!(fs::read(dir.join("lib/freeflow/ucx/libuct_ff.so.0")).unwrap(), b"u");
+        let link = fs::read_link(dir.join("lib/freeflow/libibverbs.so")).unwrap();
+        assert_eq!(link, Path::new("libibverbs.so.1"));
+        assert_eq!(fs::read(dir.join("bin/freeflow")).unwrap(), b"b");
+        let mode = fs::metadata(base.join("containers")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        fs::remove_dir_all(&base).unwrap();
+    }
+}

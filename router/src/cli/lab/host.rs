@@ -1,0 +1,143 @@
+//! One host of a lab: its router, its bridge, and its containers, each an OCI bundle that runc runs.
+//!
+//! A container's init is a shell that reads a pipe nobody writes to: it ends when this process does. Programs are
+//! started beside it. Dropping a host kills its containers' inits and asks the router to end.
+
+use std::fs;
+use std::io::PipeWriter;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::mpsc;
+
+use freeflow_router::admin;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::bundle::Bundle;
+use super::output::{Output, Stream};
+use super::sequence::{self, Event, Watched};
+use super::spec::{ContainerSpec, HostSpec, Spec};
+use super::userns::ContainerIds;
+use super::{network, runc, state};
+use crate::cli::daemonise;
+use crate::cli::failure::{Context as _, Failure, Result};
+use crate::cli::sys::ChildSetup;
+
+pub struct Host {
+    pub containers: Vec<Container>,
+    pub router_socket: PathBuf,
+    dir: PathBuf,
+    router: Pid,
+}
+
+pub struct Container {
+    pub name: String,
+    pub init: Pid,
+    /// Keeps the container's init alive.
+    _lifeline: PipeWriter,
+}
+
+impl Host {
+    /// Starts the host's router and containers; returns when all are there and their interfaces are up.
+    pub fn start(
+        spec: &Spec,
+        host: &HostSpec,
+        output: &Output,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<Self> {
+        let bridge = network::Bridge::make(host.gateway)?;
+        let router_socket = state::router_socket(&spec.dir);
+        let router = start_router(&router_socket, output)?;
+        let mut started = Self {
+            containers: Vec::new(),
+            router_socket,
+            dir: spec.dir.clone(),
+            router: Pid::from_child(&router),
+        };
+        sequence::watch(router, Watched::Router, events.clone());
+        let ids = ContainerIds::new(spec.rootless)?;
+        for container in &host.containers {
+            let container = started.start_container(spec, container, &bridge, &ids)?;
+            started.containers.push(container);
+        }
+        Ok(started)
+    }
+
+    fn start_container(
+        &self,
+        spec: &Spec,
+        container: &ContainerSpec,
+        bridge: &network::Bridge,
+        ids: &ContainerIds,
+    ) -> Result<Container> {
+        let bundle = Bundle::make(spec, container, ids)?;
+        self.register(&container.name, container.ip, bundle.door_dir())?;
+        let (reader, lifeline) = std::io::pipe().context("cannot make a pipe")?;
+        let init = runc::start(&spec.dir, bundle.dir(), &container.name, reader.into())?;
+        let started = Container { name: container.name.clone(), init, _lifeline: lifeline };
+        bridge.attach(&started, container.ip)?;
+        Ok(started)
+    }
+
+    fn register(&self, name: &str, ip: IpAddr, dir: PathBuf) -> Result<()> {
+        let add = admin::Add { name: name.to_owned(), ip: Some(ip), tenant: None, dir: Some(dir) };
+        let added = admin::Client::connect(&self.router_socket)?.add(add)?;
+        if added.vip != ip {
+            return Err(Failure::new(format!("the router gave {name} {} instead of {ip}", added.vip)));
+        }
+        Ok(())
+    }
+
+    /// Starts a command in a container, its output prefixed with the container's name.
+    pub fn run(&self, container: &str, command: &str, output: &Output) -> Result<Child> {
+        let mut child = runc::exec(&self.dir, container, &["sh", "-c", command])?;
+        if let Some(pipe) = child.stdout.take() {
+            output.follow(container, Stream::Out, pipe);
+        }
+        if let Some(pipe) = child.stderr.take() {
+            output.follow(container, Stream::Err, pipe);
+        }
+        Ok(child)
+    }
+
+    /// rdma_cm ports listened on in a container, as the router knows them.
+    pub fn cm_ports(&self, container: &str) -> Result<Vec<u16>> {
+        let all = admin::Client::connect(&self.router_socket)?.ls()?;
+        Ok(all.into_iter().filter(|c| c.name == container).flat_map(|c| c.cm_ports).collect())
+    }
+}
+
+impl Container {
+    /// Sends a signal to every process in the container except its init, which would not survive it.
+    pub fn signal_all(&self, signal: Signal) {
+        for pid in members(self.init) {
+            // It may have ended since it was found.
+            kill_process(pid, signal).ok();
+        }
+    }
+}
+
+/// The other processes in the PID namespace of `init`.
+fn members(init: Pid) -> Vec<Pid> {
+    let namespace = |pid: Pid| fs::read_link(format!("/proc/{}/ns/pid", pid.as_raw_nonzero())).ok();
+    let Some(ours) = namespace(init) else { return Vec::new() };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|e| Pid::from_raw(e.file_name().to_str()?.parse().ok()?));
+    pids.filter(|&pid| pid != init && namespace(pid).as_ref() == Some(&ours)).collect()
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for container in &self.containers {
+            // Never reaped while this process lives, so the pid is still the container's; it may have ended.
+            kill_process(container.init, Signal::KILL).ok();
+        }
+        kill_process(self.router, Signal::TERM).ok();
+    }
+}
+
+fn start_router(socket: &Path, output: &Output) -> Result<Child> {
+    let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
+    output.follow_to_the_end("router", Stream::Err, reader);
+    daemonise::spawn(socket, None, writer.into(), ChildSetup::default())
+}

@@ -1,0 +1,128 @@
+//! Where things are: the router's socket, the runtime directory and the distribution tree.
+//!
+//! Owns these rules and nothing else: it opens no connection except to see whether a socket is answered.
+
+use std::ffi::OsString;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use freeflow_router::admin;
+
+use super::failure::{Context as _, Failure, Result};
+use super::vars;
+
+const SYSTEM_DIR: &str = "/run/freeflow";
+const SOCKET_NAME: &str = "router.sock";
+
+/// The router socket to use: the one given, else FREEFLOW_SOCKET, else the system's if it is there, else the user's.
+pub fn router_socket(given: Option<&Path>) -> Result<PathBuf> {
+    let system = Path::new(SYSTEM_DIR).join(SOCKET_NAME);
+    let is_root = rustix::process::geteuid().is_root();
+    resolve(
+        given,
+        std::env::var_os(vars::SOCKET),
+        system.exists() || is_root,
+        std::env::var_os("XDG_RUNTIME_DIR"),
+    )
+}
+
+fn resolve(
+    given: Option<&Path>,
+    variable: Option<OsString>,
+    system: bool,
+    xdg: Option<OsString>,
+) -> Result<PathBuf> {
+    if let Some(path) = given {
+        return Ok(path.to_owned());
+    }
+    if let Some(path) = variable.filter(|v| !v.is_empty()) {
+        return Ok(path.into());
+    }
+    if system {
+        return Ok(Path::new(SYSTEM_DIR).join(SOCKET_NAME));
+    }
+    match xdg.filter(|v| !v.is_empty()) {
+        Some(dir) => Ok(Path::new(&dir).join("freeflow").join(SOCKET_NAME)),
+        None => Err(Failure::new(format!(
+            "no router socket: there is no {SYSTEM_DIR}/{SOCKET_NAME}, and neither FREEFLOW_SOCKET nor \
+             XDG_RUNTIME_DIR is set; set one of them or give --router"
+        ))),
+    }
+}
+
+/// Directory for our run-time files: /run/freeflow for root, else under XDG_RUNTIME_DIR. Made if missing.
+pub fn runtime_dir() -> Result<PathBuf> {
+    let dir = if rustix::process::geteuid().is_root() {
+        PathBuf::from(SYSTEM_DIR)
+    } else {
+        let xdg = std::env::var_os("XDG_RUNTIME_DIR").filter(|v| !v.is_empty());
+        Path::new(&xdg.ok_or_else(|| Failure::new("XDG_RUNTIME_DIR is not set"))?).join("freeflow")
+    };
+    make_dir(&dir, 0o755)?;
+    Ok(dir)
+}
+
+/// Makes a directory, and its parents, unless it is there.
+pub fn make_dir(dir: &Path, mode: u32) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(dir)
+        .context(format_args!("cannot make directory {}", dir.display()))
+}
+
+/// Whether a router answers at `socket`.
+pub fn answers(socket: &Path) -> bool {
+    admin::Client::connect(socket).and_then(|mut client| client.ping()).is_ok()
+}
+
+/// The running binary and the libraries beside it, as `cargo xtask dist` or a package lays them out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dist {
+    pub binary: PathBuf,
+    /// The directory with libibverbs.so.1 and its companions.
+    pub libraries: PathBuf,
+}
+
+impl Dist {
+    pub fn find() -> Result<Self> {
+        let binary = std::env::current_exe().context("cannot tell where this program is")?;
+        Self::beside(&binary)
+    }
+
+    fn beside(binary: &Path) -> Result<Self> {
+        let root = binary.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+        let libraries = root.join("lib/freeflow");
+        if !libraries.join("libibverbs.so.1").exists() {
+            return Err(Failure::new(format!(
+                "no libibverbs.so.1 in {}: run the freeflow of a dist tree (cargo xtask dist makes target/dist)",
+                libraries.display()
+            )));
+        }
+        Ok(Self { binary: binary.to_owned(), libraries })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_socket_is_looked_up_in_the_documented_order() {
+        let given = Path::new("/given.sock");
+        let variable = || Some(OsString::from("/variable.sock"));
+        let xdg = || Some(OsString::from("/xdg"));
+        let socket = |g, v, s, x| resolve(g, v, s, x).map_err(|f| f.to_string());
+        assert_eq!(socket(Some(given), variable(), true, xdg()), Ok("/given.sock".into()));
+        assert_eq!(socket(None, variable(), true, xdg()), Ok("/variable.sock".into()));
+        assert_eq!(socket(None, Some("".into()), true, xdg()), Ok("/run/freeflow/router.sock".into()));
+        assert_eq!(socket(None, None, false, xdg()), Ok("/xdg/freeflow/router.sock".into()));
+        assert!(socket(None, None, false, None).is_err());
+    }
+
+    #[test]
+    fn a_binary_outside_a_dist_tree_says_so() {
+        let error = Dist::beside(Path::new("/nonexistent/bin/freeflow")).expect_err("no tree there");
+        assert!(error.to_string().contains("/nonexistent/lib/freeflow"), "{error}");
+    }
+}

@@ -1,0 +1,104 @@
+//! The system calls std has no safe form for: signal masks, and what a child does between fork and exec.
+//!
+//! Owns all of the command line's `unsafe`. It must never know what the children are.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
+use rustix::process::Signal;
+use rustix::thread::UnshareFlags;
+
+/// Signals that end a lab or a router.
+pub const ENDING: [Signal; 4] = [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT];
+
+/// A set of signals blocked in this thread, and in those it starts, so that `wait` can take them.
+#[derive(Clone, Copy)]
+pub struct SignalSet(libc::sigset_t);
+
+impl SignalSet {
+    /// Blocks `signals`. To be called before other threads start.
+    pub fn block(signals: &[Signal]) -> io::Result<Self> {
+        let mut set = empty_set();
+        for signal in signals {
+            // SAFETY: `set` is an initialised signal set, and the number comes from rustix' list of signals.
+            unsafe { libc::sigaddset(&raw mut set, signal.as_raw()) };
+        }
+        // SAFETY: `set` is initialised, and no old mask is asked for.
+        let error = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+        if error == 0 { Ok(Self(set)) } else { Err(io::Error::from_raw_os_error(error)) }
+    }
+
+    /// Waits for the next of the set's signals.
+    pub fn wait(&self) -> io::Result<Signal> {
+        let mut number = 0;
+        // SAFETY: the set is initialised, and `number` lives through the call.
+        let error = unsafe { libc::sigwait(&raw const self.0, &raw mut number) };
+        match (error, Signal::from_named_raw(number)) {
+            (0, Some(signal)) => Ok(signal),
+            (0, None) => Err(io::Error::other(format!("signal {number} came unasked"))),
+            _ => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+fn empty_set() -> libc::sigset_t {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigemptyset only writes to the set it is given.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: sigemptyset initialised it; it cannot fail.
+    unsafe { set.assume_init() }
+}
+
+/// What a child does to itself between fork and exec.
+#[derive(Debug, Clone, Copy)]
+pub struct ChildSetup {
+    /// Sent to the child when the thread that started it ends.
+    pub on_parent_death: Option<Signal>,
+    /// Namespaces it leaves its parent's for.
+    pub unshare: UnshareFlags,
+    /// Leaves terminal and session.
+    pub new_session: bool,
+}
+
+impl Default for ChildSetup {
+    fn default() -> Self {
+        Self { on_parent_death: Some(Signal::KILL), unshare: UnshareFlags::empty(), new_session: false }
+    }
+}
+
+impl ChildSetup {
+    /// Arranges that `command` sets its child up this way, with no signal blocked.
+    pub fn apply(self, command: &mut Command) -> &mut Command {
+        // SAFETY: `enter` only makes system calls: no allocation, no lock, nothing of another thread's.
+        unsafe { command.pre_exec(move || self.enter()) }
+    }
+
+    fn enter(self) -> io::Result<()> {
+        let set = empty_set();
+        // SAFETY: `set` is initialised, and no old mask is asked for.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()) };
+        if self.new_session {
+            rustix::process::setsid()?;
+        }
+        rustix::process::set_parent_process_death_signal(self.on_parent_death)?;
+        unshare(self.unshare)
+    }
+}
+
+/// Leaves this process's namespaces for new ones.
+pub fn unshare(flags: UnshareFlags) -> io::Result<()> {
+    if flags.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: only namespace flags are passed, which leave memory, descriptors and handlers alone.
+    Ok(unsafe { rustix::thread::unshare_unsafe(flags) }?)
+}
+
+/// Exit status of a child as shells give it: 128+n after signal n.
+pub fn exit_code(status: std::process::ExitStatus) -> u8 {
+    use std::os::unix::process::ExitStatusExt as _;
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    u8::try_from(code).unwrap_or(u8::MAX)
+}

@@ -1,0 +1,98 @@
+//! `cargo xtask dist`: the tree that users get.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use crate::failure::{Context as _, Failure, Result};
+use crate::{layout, process};
+
+/// Packages that make the tree, and what cargo calls their products.
+const PACKAGES: [&str; 3] = ["freeflow-router", "freeflow-verbs", "freeflow-rdmacm"];
+/// Cargo's file, and where it goes.
+const FILES: [(&str, &str); 3] = [
+    ("freeflow", "bin/freeflow"),
+    ("libff_ibverbs.so", "lib/freeflow/libibverbs.so.1"),
+    ("libff_rdmacm.so", "lib/freeflow/librdmacm.so.1"),
+];
+/// Links for `dlopen("libibverbs.so")` and for linkers.
+const LINKS: [(&str, &str); 2] =
+    [("libibverbs.so.1", "lib/freeflow/libibverbs.so"), ("librdmacm.so.1", "lib/freeflow/librdmacm.so")];
+
+/// A cold release build on a small, busy machine.
+const LIMIT: Duration = Duration::from_secs(1800);
+
+pub fn run(portable: bool) -> Result<ExitCode> {
+    if portable {
+        return Err(Failure::new("dist --portable is not there yet; dist makes the tree for this system"));
+    }
+    let tree = build()?;
+    println!("{}", tree.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the tree and returns its path.
+pub fn build() -> Result<PathBuf> {
+    let mut cargo = layout::cargo();
+    cargo.args(["build", "--release", "--quiet"]);
+    for package in PACKAGES {
+        cargo.args(["--package", package]);
+    }
+    process::must(&mut cargo, LIMIT)?;
+    let tree = layout::dist();
+    assemble(&layout::target().join("release"), &tree)?;
+    Ok(tree)
+}
+
+/// Lays a new tree out aside and puts it in the old one's place, so that nothing old stays in it.
+fn assemble(built: &Path, tree: &Path) -> Result<()> {
+    let aside = tree.with_extension("new");
+    remove(&aside)?;
+    for (from, to) in FILES {
+        let to = aside.join(to);
+        make_parent(&to)?;
+        let from = built.join(from);
+        fs::copy(&from, &to).context(format_args!("cannot copy {} to {}", from.display(), to.display()))?;
+    }
+    for (to, link) in LINKS {
+        let link = aside.join(link);
+        std::os::unix::fs::symlink(to, &link).context(format_args!("cannot link {}", link.display()))?;
+    }
+    remove(tree)?;
+    fs::rename(&aside, tree).context(format_args!("cannot put {} in place", tree.display()))
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    fs::remove_dir_all(dir).context(format_args!("cannot remove {}", dir.display()))
+}
+
+fn make_parent(path: &Path) -> Result<()> {
+    let dir = path.parent().unwrap_or(path);
+    fs::create_dir_all(dir).context(format_args!("cannot make {}", dir.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_tree_holds_nothing_of_the_old_one() {
+        let base = std::env::temp_dir().join(format!("ff-dist-{}", std::process::id()));
+        let (built, tree) = (base.join("release"), base.join("dist"));
+        fs::create_dir_all(&built).unwrap();
+        for (file, _) in FILES {
+            fs::write(built.join(file), file).unwrap();
+        }
+        fs::create_dir_all(&tree).unwrap();
+        fs::write(tree.join("old"), "").unwrap();
+        assemble(&built, &tree).unwrap();
+        assert!(!tree.join("old").exists());
+        let text = fs::read_to_string(tree.join("lib/freeflow/libibverbs.so")).unwrap();
+        assert_eq!(text, "libff_ibverbs.so", "the link leads to the library");
+        fs::remove_dir_all(&base).unwrap();
+    }
+}

@@ -1,0 +1,148 @@
+//! The client list: unmodified verbs programs that must pass between two lab containers.
+
+/// One program, or a pair of them.
+#[derive(Debug, Clone)]
+pub struct Client {
+    /// Command in c1; none when there is only one side.
+    pub server: Option<Server>,
+    /// Command in c2; `@c1` is the server's address.
+    pub command: String,
+    /// What must show that it worked, beside the exit status.
+    pub checks: Vec<Check>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Server {
+    pub command: String,
+    /// Whether it ends by itself: then its exit status and its output count too.
+    pub ends: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Check {
+    /// A text in the client's output.
+    Says(&'static str),
+    /// A text in neither side's output.
+    NeverSays(&'static str),
+    /// perftest's rows for all powers of two of this range, with no zero in them.
+    Sizes(u64, u64),
+}
+
+use Check::{NeverSays, Says, Sizes};
+
+const ALL: Check = Sizes(2, 8 << 20);
+/// rping prints each ping's text; the number is part of it.
+const RPING: [Check; 2] = [Says("rdma-ping-9"), NeverSays("data mismatch")];
+
+impl Client {
+    pub fn name(&self) -> String {
+        format!("client {}", self.command.replace(" @c1", ""))
+    }
+
+    fn alone(command: &str, checks: &[Check]) -> Self {
+        Self { server: None, command: command.to_owned(), checks: checks.to_vec() }
+    }
+
+    /// A server and its client with one command line, the client's followed by the server's address.
+    fn same(command: &str, checks: &[Check]) -> Self {
+        let server = Server { command: command.to_owned(), ends: true };
+        Self { server: Some(server), command: format!("{command} @c1"), checks: checks.to_vec() }
+    }
+
+    fn pair(server: &str, ends: bool, command: &str, checks: &[Check]) -> Self {
+        let server = Server { command: server.to_owned(), ends };
+        Self { server: Some(server), command: command.to_owned(), checks: checks.to_vec() }
+    }
+}
+
+pub fn all() -> Vec<Client> {
+    [devices(), pingpongs(), perftest(), atomics(), rdma_cm(), qperf(), fio()].concat()
+}
+
+fn devices() -> Vec<Client> {
+    vec![
+        Client::alone("ibv_devices", &[Says("ff0")]),
+        Client::alone("ibv_devinfo -v", &[Says("ff0"), Says("PORT_ACTIVE"), Says("::ffff:10.77.1.2")]),
+    ]
+}
+
+fn pingpongs() -> Vec<Client> {
+    let rc = [Says("1000 iters in"), NeverSays("invalid data")];
+    vec![
+        Client::same("ibv_rc_pingpong -g 0", &rc),
+        Client::same("ibv_rc_pingpong -g 0 -e", &rc),
+        Client::same("ibv_rc_pingpong -g 0 -c", &rc),
+        Client::same("ibv_rc_pingpong -g 0 -c -e -s 1000000", &rc),
+        Client::same("ibv_ud_pingpong -g 0", &[Says("1000 iters in")]),
+    ]
+}
+
+fn perftest() -> Vec<Client> {
+    let mut list = Vec::new();
+    for verb in ["write", "read", "send"] {
+        list.push(Client::same(&format!("ib_{verb}_bw -F -a -n 200"), &[ALL]));
+        list.push(Client::same(&format!("ib_{verb}_lat -F -a -n 200"), &[ALL]));
+        list.push(Client::same(&format!("ib_{verb}_bw -F -a -b -n 200"), &[ALL]));
+        list.push(Client::same(&format!("ib_{verb}_bw -F -e -n 1000"), &[Sizes(65536, 65536)]));
+        list.push(Client::same(&format!("ib_{verb}_bw -F -q 8 -n 1000"), &[Sizes(65536, 65536)]));
+    }
+    for verb in ["write", "send"] {
+        list.push(Client::same(&format!("ib_{verb}_bw -F -I 64 -s 64 -n 5000"), &[Sizes(64, 64)]));
+        list.push(Client::same(&format!("ib_{verb}_lat -F -I 64 -s 64 -n 1000"), &[Sizes(64, 64)]));
+    }
+    for verb in ["read", "send"] {
+        list.push(Client::same(&format!("ib_{verb}_lat -F -e -n 1000"), &[Sizes(2, 2)]));
+    }
+    list.push(Client::same("ib_send_bw -F -c UD -s 1024 -n 1000", &[Sizes(1024, 1024)]));
+    list.push(Client::same("ib_send_lat -F -c UD -s 1024 -n 1000", &[Sizes(1024, 1024)]));
+    list
+}
+
+fn atomics() -> Vec<Client> {
+    let mut list = Vec::new();
+    for kind in ["FETCH_AND_ADD", "CMP_AND_SWAP"] {
+        list.push(Client::same(&format!("ib_atomic_bw -F -A {kind} -n 1000"), &[Sizes(8, 8)]));
+        list.push(Client::same(&format!("ib_atomic_lat -F -A {kind} -n 1000"), &[Sizes(8, 8)]));
+    }
+    list
+}
+
+fn rdma_cm() -> Vec<Client> {
+    vec![
+        Client::pair("rping -s -a @c1 -v -V -C 10", true, "rping -c -a @c1 -v -V -C 10", &RPING),
+        Client::pair("ucmatose", true, "ucmatose -s @c1", &[Says("return status 0")]),
+        Client::same("ib_write_bw -F -R -n 1000", &[Sizes(65536, 65536)]),
+        Client::same("ib_write_lat -F -R -n 1000", &[Sizes(2, 2)]),
+        Client::same("ib_send_bw -F -R -n 1000", &[Sizes(65536, 65536)]),
+    ]
+}
+
+fn qperf() -> Vec<Client> {
+    const TESTS: [&str; 15] = [
+        "rc_bi_bw",
+        "rc_bw",
+        "rc_lat",
+        "rc_rdma_read_bw",
+        "rc_rdma_read_lat",
+        "rc_rdma_write_bw",
+        "rc_rdma_write_lat",
+        "rc_rdma_write_poll_lat",
+        "rc_compare_swap_mr",
+        "rc_fetch_add_mr",
+        "ver_rc_compare_swap",
+        "ver_rc_fetch_add",
+        "ud_bi_bw",
+        "ud_bw",
+        "ud_lat",
+    ];
+    let command = |test: &str| format!("qperf @c1 -t 1 {test}");
+    TESTS.iter().map(|test| Client::pair("qperf", false, &command(test), &[NeverSays("failed")])).collect()
+}
+
+fn fio() -> Vec<Client> {
+    const COMMON: &str = "fio --name=x --ioengine=rdma --port=7000 --bs=64k --size=32m --iodepth=16";
+    let client = |verb: &str| format!("{COMMON} --rw=write --hostname=@c1 --verb={verb}");
+    let pair =
+        |verb| Client::pair(&format!("{COMMON} --rw=read"), false, &client(verb), &[Says("WRITE: bw=")]);
+    ["write", "read", "send"].map(pair).to_vec()
+}

@@ -1,0 +1,177 @@
+//! Running clients in labs, and checks of the lab itself.
+
+use std::process::Command;
+use std::time::Duration;
+
+use super::clients::{Check, Client};
+use crate::process::{self, Done, Echo};
+use crate::{layout, perftest};
+
+/// One client must end well within this.
+const LIMIT: Duration = Duration::from_secs(60);
+
+type Outcome = std::result::Result<(), String>;
+
+/// Runs a client in a lab of its own.
+pub fn run_client(client: &Client) -> Outcome {
+    let done = lab(&arguments(client))?;
+    judge(client, &done).map_err(|why| format!("{why}\n{}", done.tail()))
+}
+
+/// The lab's arguments. A server that ends by itself is waited for: it reports through a pipe in its container's /tmp
+/// to a third command, whose end ends the lab.
+fn arguments(client: &Client) -> Vec<String> {
+    let run = |container: &str, command: &str| vec!["--run".to_owned(), format!("{container}={command}")];
+    match &client.server {
+        None => run("c2", &client.command),
+        Some(server) if server.ends => {
+            let report = format!("mkfifo /tmp/end; {}; s=$?; echo $s >/tmp/end; exit $s", server.command);
+            [run("c1", &report), run("c2", &client.command), run("c1", "read -r s </tmp/end; exit $s")]
+                .concat()
+        }
+        Some(server) => [run("c1", &server.command), run("c2", &client.command)].concat(),
+    }
+}
+
+fn lab(arguments: &[String]) -> std::result::Result<Done, String> {
+    let mut command = Command::new(layout::freeflow());
+    command.arg("lab").args(arguments);
+    process::run(&mut command, LIMIT, Echo::Quiet).map_err(|failure| failure.to_string())
+}
+
+fn judge(client: &Client, done: &Done) -> Outcome {
+    if !done.success() {
+        return Err(done.how());
+    }
+    let said = perftest::lines_of("c2", &done.stdout);
+    let all = format!("{}{}", done.stdout, done.stderr);
+    client.checks.iter().try_for_each(|check| passes(check, &said, &all))
+}
+
+fn passes(check: &Check, client: &str, all: &str) -> Outcome {
+    match check {
+        Check::Says(text) if !client.contains(text) => Err(format!("the client did not say {text:?}")),
+        Check::NeverSays(text) if all.contains(text) => Err(format!("it said {text:?}")),
+        Check::Sizes(first, last) => sizes(client, *first, *last),
+        _ => Ok(()),
+    }
+}
+
+fn sizes(text: &str, first: u64, last: u64) -> Outcome {
+    let rows = perftest::rows(text);
+    let sizes = std::iter::successors(Some(first), |size| Some(size * 2)).take_while(|size| *size <= last);
+    for size in sizes {
+        let row = perftest::row(&rows, size).ok_or_else(|| format!("no row for size {size}"))?;
+        // Column 3 is the average bandwidth or the longest time.
+        if row[3] <= 0.0 {
+            return Err(format!("a zero in the row for size {size}"));
+        }
+    }
+    Ok(())
+}
+
+/// A check of the lab itself.
+pub struct LabCheck {
+    what: &'static str,
+    arguments: &'static [&'static str],
+    status: i32,
+    /// Lines that standard output must have.
+    lines: &'static [&'static str],
+}
+
+/// The lab must hold without our libraries: qperf over TCP, as a program that listens, does without them.
+pub const OWN: &[LabCheck] = &[
+    LabCheck {
+        what: "the first command that failed decides",
+        arguments: &["--run", "c1=exit 3", "--run", "c2=exit 4"],
+        status: 3,
+        lines: &[],
+    },
+    LabCheck {
+        what: "a signal counts as 128 and its number",
+        arguments: &["--run", "c1=kill -9 $$"],
+        status: 137,
+        lines: &[],
+    },
+    LabCheck {
+        what: "a command that still runs gets SIGTERM and does not count",
+        arguments: &[
+            "--run",
+            // Its listening port lets the second command start.
+            "c1=trap 'echo term; exit 9' TERM; env -u LD_PRELOAD -u LD_LIBRARY_PATH qperf & wait",
+            "--run",
+            "c2=echo last",
+        ],
+        status: 0,
+        lines: &["c2| last", "c1| term"],
+    },
+    LabCheck {
+        what: "containers are unprivileged and reach each other",
+        arguments: &[
+            "--run",
+            "c1=grep -E 'CapBnd|NoNewPrivs' /proc/self/status; ls -d /dev/infiniband || echo no device; \
+             touch /etc/x || echo read-only; exec env -u LD_PRELOAD -u LD_LIBRARY_PATH qperf",
+            "--run",
+            "c2=env -u LD_PRELOAD -u LD_LIBRARY_PATH qperf @c1 -t 1 tcp_lat && echo reached",
+        ],
+        status: 0,
+        lines: &[
+            "c1| CapBnd:\t0000000000000000",
+            "c1| NoNewPrivs:\t1",
+            "c1| no device",
+            "c1| read-only",
+            "c2| reached",
+        ],
+    },
+    LabCheck {
+        what: "a bad command line is refused",
+        arguments: &["--run", "c9=true"],
+        status: 125,
+        lines: &[],
+    },
+];
+
+impl LabCheck {
+    pub fn name(&self) -> String {
+        format!("lab: {}", self.what)
+    }
+
+    pub fn run(&self) -> Outcome {
+        let arguments: Vec<String> = self.arguments.iter().map(|&a| a.to_owned()).collect();
+        let done = lab(&arguments)?;
+        if done.timed_out || done.status.code() != Some(self.status) {
+            return Err(format!("{}, expected {}\n{}", done.how(), self.status, done.tail()));
+        }
+        let missing = self.lines.iter().find(|line| !done.stdout.lines().any(|l| l == **line));
+        missing.map_or(Ok(()), |line| Err(format!("no line {line:?}\n{}", done.tail())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_size_and_a_zero_fail() {
+        let text = "2 200 1.0 1.0 0.1\n4 200 1.0 0.00 0.1\n";
+        assert_eq!(sizes(text, 2, 2), Ok(()));
+        assert!(sizes(text, 2, 4).is_err(), "zero bandwidth");
+        assert!(sizes(text, 2, 8).is_err(), "no row");
+    }
+
+    #[test]
+    fn each_kind_of_check_can_fail() {
+        assert!(passes(&Check::Says("x"), "y", "y").is_err());
+        assert!(passes(&Check::NeverSays("x"), "", "x").is_err());
+        assert_eq!(passes(&Check::Says("x"), "xy", "xy"), Ok(()));
+    }
+
+    #[test]
+    fn a_server_that_ends_is_waited_for() {
+        let clients = super::super::clients::all();
+        let rping = clients.iter().find(|c| c.name().contains("rping")).expect("in the list");
+        let arguments = arguments(rping);
+        assert_eq!(arguments.len(), 6);
+        assert!(arguments[5].starts_with("c1=read"), "{arguments:?}");
+    }
+}

@@ -1,0 +1,80 @@
+//! `cargo xtask test`: every check of the repository, counted; the last line of standard output is the result.
+
+mod cargo;
+mod clients;
+mod labs;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use crate::failure::{Failure, Result};
+use crate::{dist, packages};
+
+/// What was counted so far.
+#[derive(Debug, Default)]
+pub struct Tally {
+    passed: usize,
+    failed: Vec<String>,
+}
+
+impl Tally {
+    /// Counts one check and shows it.
+    fn check(&mut self, name: &str, run: impl FnOnce() -> std::result::Result<(), String>) {
+        let start = Instant::now();
+        let outcome = run();
+        let seconds = start.elapsed().as_secs_f64();
+        match outcome {
+            Ok(()) => {
+                println!("ok    {name} ({seconds:.1} s)");
+                self.passed += 1;
+            }
+            Err(why) => {
+                println!("FAIL  {name} ({seconds:.1} s)");
+                eprintln!("{name}: {why}");
+                self.failed.push(name.to_owned());
+            }
+        }
+    }
+
+    /// Counts tests that cargo ran.
+    fn add(&mut self, name: &str, passed: usize, failed: Vec<String>) {
+        println!("{}  {name}: {passed} passed, {} failed", mark(failed.is_empty()), failed.len());
+        self.passed += passed;
+        self.failed.extend(failed.into_iter().map(|test| format!("{name}: {test}")));
+    }
+}
+
+fn mark(good: bool) -> &'static str {
+    if good { "ok  " } else { "FAIL" }
+}
+
+pub fn run(filter: Option<&str>) -> Result<ExitCode> {
+    let start = Instant::now();
+    packages::ensure(&[packages::LAB, packages::CLIENTS, packages::TESTS])?;
+    let tree = dist::build()?;
+    let chosen = |name: &str| filter.is_none_or(|f| name.contains(f));
+    let mut tally = Tally::default();
+    cargo::lints(&mut tally, chosen);
+    cargo::tests(&mut tally, filter, &tree)?;
+    cargo::loom(&mut tally, filter)?;
+    for lab in labs::OWN.iter().filter(|lab| chosen(&lab.name())) {
+        tally.check(&lab.name(), || lab.run());
+    }
+    for client in clients::all().iter().filter(|client| chosen(&client.name())) {
+        tally.check(&client.name(), || labs::run_client(client));
+    }
+    summary(&tally, filter, start)
+}
+
+fn summary(tally: &Tally, filter: Option<&str>, start: Instant) -> Result<ExitCode> {
+    if tally.passed + tally.failed.len() == 0 {
+        let filter = filter.unwrap_or_default();
+        return Err(Failure::new(format!("no check's name contains {filter:?}")));
+    }
+    for name in &tally.failed {
+        println!("failed: {name}");
+    }
+    println!("took {:.0} s", start.elapsed().as_secs_f64());
+    println!("{} passed, {} failed", tally.passed, tally.failed.len());
+    Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
