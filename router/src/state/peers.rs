@@ -13,6 +13,8 @@ use super::{Given, Link, Notice, Owner, Qp, State};
 use crate::refusal::{Refusal, Result};
 
 type Fds = Vec<Arc<OwnedFd>>;
+/// Bit in `PeerInfo::fds`, what it is, the descriptor.
+type Wanted = Vec<(u32, Given, Arc<OwnedFd>)>;
 
 impl State {
     /// The queue pair becomes able to receive, and an RC or UC one belongs to `dest_qpn` at `gid`.
@@ -117,7 +119,7 @@ impl State {
     }
 
     /// A queue pair as a peer sees it, and all descriptors that go with it, in the protocol's order.
-    fn describe(&self, qpn: u32) -> Option<(PeerInfo, Owner, Vec<(u32, Given, Arc<OwnedFd>)>)> {
+    fn describe(&self, qpn: u32) -> Option<(PeerInfo, Owner, Wanted)> {
         let (owner, qp) = self.qps.get(qpn)?;
         let cq = self.cqs.get(qp.recv_cq)?.1;
         let info = PeerInfo {
