@@ -15,10 +15,10 @@ use rustix::net::SocketType;
 use crate::admin::{DEFAULT_TENANT, admin_socket};
 use crate::admin_server::{Admin, make_dir};
 use crate::config::{ConfigError, Settings};
-use crate::host;
 use crate::listener::{ListenError, Listener, SocketFile, Stop, accept_loop, listen};
 use crate::shared::Shared;
 use crate::state::NewContainer;
+use crate::{cm_hook, host};
 
 /// Name of the container of the user's own processes.
 pub const DEFAULT_CONTAINER: &str = "default";
@@ -102,6 +102,8 @@ impl Daemon {
         let lock = lock(dir, &socket)?;
         host::raise_descriptor_limit();
         let shared = Arc::new(Shared::new(settings).map_err(system("/dev/urandom"))?);
+        let cm = cm_hook::start(&shared).map_err(system("connection manager"))?;
+        shared.cm.get_or_init(|| cm);
         let default = add_default(&shared, &socket)?;
         let admin = Arc::new(Admin::new(shared.clone(), dir, default));
         let (fd, admin_file) = listen(&admin_socket(&socket), SocketType::STREAM, 0o600)?;

@@ -2,6 +2,7 @@
 
 pub mod admin;
 mod admin_server;
+mod cm;
 mod cm_hook;
 pub mod config;
 mod copy;

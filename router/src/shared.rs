@@ -4,7 +4,7 @@
 //! never know what requests mean.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use freeflow_core::ctl::{
@@ -13,6 +13,7 @@ use freeflow_core::ctl::{
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::OFlags;
 
+use crate::cm;
 use crate::config::Settings;
 use crate::random::Random;
 use crate::state::{Client, Notice, State};
@@ -26,6 +27,8 @@ pub struct Shared {
     /// Random per start of the router.
     pub boot: u64,
     pub settings: Arc<Settings>,
+    /// The connection manager, once it is started.
+    pub cm: OnceLock<cm::Service>,
 }
 
 impl Shared {
@@ -34,7 +37,7 @@ impl Shared {
         let boot = u64::from(random.next_u32()?) << 32 | u64::from(random.next_u32()?);
         let settings = Arc::new(settings);
         let state = Mutex::new(State::new(settings.clone(), random));
-        Ok(Shared { state, ended: Condvar::new(), boot, settings })
+        Ok(Shared { state, ended: Condvar::new(), boot, settings, cm: OnceLock::new() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
