@@ -1,4 +1,22 @@
 //! freeflow: the router daemon and its command line.
 
 pub mod admin;
+mod admin_server;
+mod cm;
+mod cm_hook;
+pub mod config;
+mod copy;
 pub mod daemon;
+mod directory;
+mod host;
+mod identity;
+mod limiter;
+mod listener;
+mod ps;
+mod quota;
+mod random;
+mod refusal;
+mod requests;
+mod session;
+mod shared;
+mod state;

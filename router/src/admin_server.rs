@@ -1,0 +1,221 @@
+//! The server side of the admin socket: adding, removing and listing containers.
+//!
+//! Owns the listeners of containers. It serves root and the router's own user, by peer credentials.
+
+use std::collections::BTreeMap;
+use std::io::BufReader;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::admin::{
+    Add, Answer, CONTAINER_SOCKET_NAME, DEFAULT_TENANT, Pong, Request, read_line, write_line,
+};
+use crate::listener::{Listener, Stop};
+use crate::shared::Shared;
+use crate::state::{Container, NewContainer, State};
+use crate::{admin, cm_hook};
+
+/// How long a removal waits for the container's sessions to end.
+const REMOVE_WAIT: Duration = Duration::from_secs(5);
+
+/// What the admin socket works on.
+#[derive(Debug)]
+pub struct Admin {
+    shared: Arc<Shared>,
+    /// Containers without a directory of their own get one in here.
+    containers_dir: PathBuf,
+    /// The container that cannot be removed.
+    default: u32,
+    /// One change at a time.
+    listeners: Mutex<BTreeMap<u32, Place>>,
+}
+
+/// Where an added container is reached.
+#[derive(Debug)]
+struct Place {
+    /// Dropped first: it removes the socket file.
+    listener: Listener,
+    /// A directory the router made.
+    made: Option<PathBuf>,
+}
+
+impl Admin {
+    pub fn new(shared: Arc<Shared>, socket_dir: &Path, default: u32) -> Self {
+        let containers_dir = socket_dir.join("containers");
+        Admin { shared, containers_dir, default, listeners: Mutex::default() }
+    }
+
+    /// Serves one connection until either side ends it.
+    pub fn serve(&self, connection: OwnedFd, stop: &Stop) {
+        if let Err(why) = authorize(&connection) {
+            return tracing::warn!("admin connection refused: {why}");
+        }
+        let mut stream = BufReader::new(UnixStream::from(connection));
+        while matches!(stop.wait(stream.get_ref(), None), Ok(true)) {
+            let line = match read_line(&mut stream) {
+                Ok(Some(line)) => line,
+                Ok(None) => return,
+                Err(error) => return tracing::warn!("admin connection: {error}"),
+            };
+            let answer = match serde_json::from_str::<Request>(&line) {
+                Ok(request) => self.answer(request),
+                Err(error) => Answer::Error { message: format!("not a request of this router: {error}") },
+            };
+            if let Err(error) = write_line(stream.get_mut(), &answer) {
+                return tracing::warn!("admin connection: {error}");
+            }
+        }
+    }
+
+    fn answer(&self, request: Request) -> Answer {
+        let result = match request {
+            Request::Add(add) => self.add(add).map(Answer::Added),
+            Request::Rm { name } => self.remove(&name).map(|()| Answer::Removed {}),
+            Request::Ls {} => Ok(Answer::Containers(self.list())),
+            Request::Ps {} => Ok(Answer::Ps(self.shared.with(|state| state.ps()))),
+            Request::Ping {} => Ok(Answer::Pong(Pong {
+                protocol: freeflow_core::ctl::VERSION.into(),
+                version: env!("CARGO_PKG_VERSION").into(),
+                pid: std::process::id(),
+            })),
+        };
+        result.unwrap_or_else(|message| Answer::Error { message })
+    }
+
+    fn list(&self) -> Vec<admin::Container> {
+        let ids: Vec<u32> = self.shared.with(|state| state.containers.keys().copied().collect());
+        ids.into_iter().filter_map(|id| self.describe(id)).collect()
+    }
+
+    fn describe(&self, id: u32) -> Option<admin::Container> {
+        let cm_ports = cm_hook::ports(&self.shared, id);
+        self.shared.with(|state| {
+            let c = state.containers.get(&id)?;
+            Some(admin::Container {
+                name: c.name.clone(),
+                tenant: c.tenant.to_string(),
+                vip: c.vip,
+                socket: c.socket.clone(),
+                pids: state.pids(id),
+                cm_ports,
+            })
+        })
+    }
+
+    fn add(&self, add: Add) -> Result<admin::Container, String> {
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let tenant = add.tenant.clone().unwrap_or_else(|| DEFAULT_TENANT.into());
+        let dir = add.dir.clone().unwrap_or_else(|| self.containers_dir.join(&add.name));
+        let socket = dir.join(CONTAINER_SOCKET_NAME);
+        let same = |state: &mut State| state.container_named(&add.name).and_then(|c| same(c, &add, &tenant));
+        let id = match self.shared.with(same) {
+            Some(id) => id,
+            None => {
+                let new = NewContainer {
+                    name: add.name.clone(),
+                    tenant,
+                    vip: add.ip,
+                    aliases: vec![],
+                    socket: socket.clone(),
+                };
+                let id = self.shared.with(|state| state.add_container(new))?;
+                let place = self.open(id, add.dir.as_deref(), &dir, &socket);
+                listeners.insert(id, place.inspect_err(|_| self.abandon(id))?);
+                tracing::info!("added container {} at {}", add.name, socket.display());
+                id
+            }
+        };
+        self.describe(id).ok_or_else(|| "the container is gone again".into())
+    }
+
+    /// Takes a container that was never reachable out again.
+    fn abandon(&self, id: u32) {
+        self.shared.with(|state| {
+            state.leave(id);
+            state.forget_container(id)
+        });
+    }
+
+    fn open(&self, id: u32, given: Option<&Path>, dir: &Path, socket: &Path) -> Result<Place, String> {
+        let made = match given {
+            Some(dir) if !dir.is_absolute() || !dir.is_dir() => {
+                return Err(format!("{} is not an existing absolute directory", dir.display()));
+            }
+            Some(_) => None,
+            None => {
+                make_dir(dir, 0o755).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+                Some(dir.to_owned())
+            }
+        };
+        // Whoever gets the directory bind-mounted is the container, under whatever uid it is mapped to.
+        let listener = Listener::start(&self.shared, id, socket, 0o666).map_err(|e| e.to_string())?;
+        Ok(Place { listener, made })
+    }
+
+    fn remove(&self, name: &str) -> Result<(), String> {
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = self.shared.with(|state| state.container_named(name).map(|c| c.id));
+        let id = id.ok_or_else(|| format!("no such container: {name}"))?;
+        if id == self.default {
+            return Err(format!("container {name} is the router's own and lives as long as it"));
+        }
+        if let Some(Place { listener, made }) = listeners.remove(&id) {
+            drop(listener);
+            if let Some(dir) = made {
+                // What others put there is theirs to remove.
+                let _ = std::fs::remove_dir(dir);
+            }
+        }
+        self.shared.with(|state| state.leave(id));
+        if !self.shared.wait_until(REMOVE_WAIT, |state| state.forget_container(id)) {
+            return Err(format!(
+                "container {name} is cut off, but some of its sessions do not end; try again"
+            ));
+        }
+        tracing::info!("removed container {name}");
+        Ok(())
+    }
+
+    /// Stops all containers' listeners and removes the directories made for them.
+    pub fn close(&self) {
+        let places = std::mem::take(&mut *self.listeners.lock().unwrap_or_else(PoisonError::into_inner));
+        for Place { listener, made } in places.into_values() {
+            drop(listener);
+            made.into_iter().for_each(|dir| _ = std::fs::remove_dir(dir));
+        }
+        // Gone only if it is empty, as it should be.
+        let _ = std::fs::remove_dir(&self.containers_dir);
+    }
+}
+
+/// The id of `c` if a repeated `add` means it.
+fn same(c: &Container, add: &Add, tenant: &str) -> Option<u32> {
+    let same = *c.tenant == *tenant
+        && !c.leaving
+        && add.ip.is_none_or(|ip| ip.to_canonical() == c.vip)
+        && add.dir.as_ref().is_none_or(|dir| c.socket == dir.join(CONTAINER_SOCKET_NAME));
+    same.then_some(c.id)
+}
+
+/// Only root and the user that runs the router.
+fn authorize(connection: &OwnedFd) -> Result<(), String> {
+    let uid = rustix::net::sockopt::socket_peercred(connection).map_err(|e| e.to_string())?.uid;
+    let own = rustix::process::geteuid();
+    if uid.is_root() || uid == own {
+        return Ok(());
+    }
+    Err(format!("user {} is neither root nor the router's user {}", uid.as_raw(), own.as_raw()))
+}
+
+/// Makes a directory and those above it that are missing; the last gets `mode`.
+pub fn make_dir(dir: &Path, mode: u32) -> std::io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(dir)?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(mode))
+}

@@ -1,0 +1,252 @@
+//! The requests of verbs clients: a table kind -> handler, each handler a translation to the state's operations.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use freeflow_core::ctl::*;
+use freeflow_core::shm::{Mapping, is_sealed_memfd, make_memfd};
+use freeflow_core::verbs::Gid;
+use rustix::fs::FallocateFlags;
+use zerocopy::IntoBytes;
+
+use crate::config::Settings;
+use crate::copy;
+use crate::refusal::{Refusal, Result};
+use crate::session::{Failure, Reply, Session};
+use crate::shared::ring_bell;
+use crate::state::{NewQp, Notice, Slab};
+
+/// How long a deregistration waits for the router's copies on the region. Only the caller's own memory can hold one up.
+const DEREG_WAIT: Duration = Duration::from_secs(2);
+
+type Fds = Vec<Arc<OwnedFd>>;
+
+/// A request this router serves.
+trait Handle: Request {
+    fn handle(self, session: &Session, fds: Vec<OwnedFd>) -> Result<(Self::Reply, Fds)>;
+}
+
+/// One row of the table.
+#[derive(Debug)]
+pub struct Entry {
+    pub kind: u16,
+    pub name: &'static str,
+    pub run: fn(&Session, Incoming) -> std::result::Result<Reply, Failure>,
+}
+
+fn run<R: Handle>(session: &Session, mut message: Incoming) -> std::result::Result<Reply, Failure> {
+    let request = message.request::<R>().map_err(Failure::Broken)?;
+    let (reply, fds) = request.handle(session, std::mem::take(&mut message.fds))?;
+    Ok(Reply { body: reply.as_bytes().to_vec(), fds })
+}
+
+const fn entry<R: Handle>() -> Entry {
+    Entry { kind: R::KIND, name: R::NAME, run: run::<R> }
+}
+
+const TABLE: &[Entry] = &[
+    entry::<MakeSlab>(),
+    entry::<AllocPd>(),
+    entry::<DeallocPd>(),
+    entry::<CreateChannel>(),
+    entry::<DestroyChannel>(),
+    entry::<CreateCq>(),
+    entry::<DestroyCq>(),
+    entry::<RegMr>(),
+    entry::<DeregMr>(),
+    entry::<CreateQp>(),
+    entry::<DestroyQp>(),
+    entry::<Connect>(),
+    entry::<Disconnect>(),
+    entry::<Resolve>(),
+    entry::<CopyMem>(),
+    entry::<Ring>(),
+];
+
+/// The handler of a kind.
+pub fn find(kind: u16) -> Option<&'static Entry> {
+    TABLE.iter().find(|entry| entry.kind == kind)
+}
+
+/// What a client is told at hello.
+pub fn limits(s: &Settings) -> Limits {
+    Limits {
+        max_qp: s.max_qp,
+        max_cq: s.max_cq,
+        max_mr: s.max_mr,
+        max_pd: s.max_pd,
+        max_qp_wr: s.max_qp_wr,
+        max_cqe: s.max_cqe,
+        max_mr_bytes: s.max_mr_bytes,
+    }
+}
+
+fn done(result: Result<()>) -> Result<(Done, Fds)> {
+    result.map(|()| (Done {}, vec![]))
+}
+
+fn id(result: Result<u32>) -> Result<(Id, Fds)> {
+    result.map(|id| (Id { id }, vec![]))
+}
+
+/// The one descriptor of a request that has one; `Incoming::request` counted it.
+fn only(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
+    fds.into_iter().next().ok_or(Refusal::Invalid("a descriptor is missing"))
+}
+
+impl Handle for MakeSlab {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Id, Fds)> {
+        let owner = session.owner;
+        session.shared.with(|state| state.reserve_slab(owner, self.len))?;
+        match make_slab(self.len) {
+            Ok(slab) => {
+                let fd = slab.fd.clone();
+                let id = session.shared.with(|state| state.insert_slab(owner, slab));
+                Ok((Id { id }, vec![fd]))
+            }
+            Err(errno) => {
+                session.shared.with(|state| state.unreserve_slab(owner, self.len));
+                Err(Refusal::System { what: "queue memory", errno })
+            }
+        }
+    }
+}
+
+/// A segment whose pages all exist: touching it never fails and never costs the toucher anything.
+fn make_slab(len: u64) -> rustix::io::Result<Slab> {
+    let fd = make_memfd("freeflow-slab", len)?;
+    rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, len)?;
+    let map = Mapping::new(&fd, 0, len as usize, true)?;
+    Ok(Slab { fd: Arc::new(fd), map })
+}
+
+impl Handle for AllocPd {
+    fn handle(self, session: &Session, fds: Vec<OwnedFd>) -> Result<(Id, Fds)> {
+        let fd = only(fds)?;
+        if !is_sealed_memfd(&fd) {
+            return Err(Refusal::Invalid(
+                "a PD's memory must be a memfd sealed against shrinking and growing",
+            ));
+        }
+        id(session.shared.with(|state| state.alloc_pd(session.owner, fd)))
+    }
+}
+
+impl Handle for DeallocPd {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.dealloc_pd(session.owner, self.pd)))
+    }
+}
+
+impl Handle for CreateChannel {
+    fn handle(self, session: &Session, fds: Vec<OwnedFd>) -> Result<(Id, Fds)> {
+        let bell = only(fds)?;
+        if !is_eventfd(&bell) {
+            return Err(Refusal::Invalid("a channel's bell must be an eventfd"));
+        }
+        id(session.shared.with(|state| state.create_channel(session.owner, bell)))
+    }
+}
+
+fn is_eventfd(fd: &OwnedFd) -> bool {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    link.is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
+}
+
+impl Handle for DestroyChannel {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.destroy_channel(session.owner, self.channel)))
+    }
+}
+
+impl Handle for CreateCq {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Id, Fds)> {
+        id(session.shared.with(|state| state.create_cq(session.owner, self.channel, self.slab, self.off)))
+    }
+}
+
+impl Handle for DestroyCq {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.destroy_cq(session.owner, self.cq)))
+    }
+}
+
+impl Handle for RegMr {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(MrReply, Fds)> {
+        let key = session.shared.with(|state| state.reg_mr(session.owner, self.pd, self.addr, self.len))?;
+        Ok((MrReply { key }, vec![]))
+    }
+}
+
+impl Handle for DeregMr {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        let (shared, owner) = (&session.shared, session.owner);
+        shared.with(|state| state.revoke_mr(owner, self.key))?;
+        let quiet = shared.wait_until(DEREG_WAIT, |state| state.revoke_mr(owner, self.key) != Ok(false));
+        if !quiet {
+            return Err(Refusal::Busy { what: "memory region", id: self.key, by: "copy that does not end" });
+        }
+        done(shared.with(|state| state.forget_mr(owner, self.key)))
+    }
+}
+
+impl Handle for CreateQp {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Id, Fds)> {
+        let CreateQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit } = self;
+        let new = NewQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit };
+        id(session.shared.with(|state| state.create_qp(session.owner, new)))
+    }
+}
+
+impl Handle for DestroyQp {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.destroy_qp(session.owner, self.qpn)))
+    }
+}
+
+impl Handle for Connect {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        let (qpn, dest, gid) = (self.qpn, self.dest_qpn, Gid(self.dgid));
+        done(session.shared.with(|state| state.connect(session.owner, qpn, dest, gid)))
+    }
+}
+
+impl Handle for Disconnect {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.disconnect(session.owner, self.qpn)))
+    }
+}
+
+impl Handle for Resolve {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(PeerInfo, Fds)> {
+        let (qpn, dest, gid) = (self.qpn, self.dest_qpn, Gid(self.dgid));
+        session.shared.with(|state| state.resolve(session.owner, qpn, dest, gid))
+    }
+}
+
+impl Handle for CopyMem {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(copy::copy(&session.shared, session.owner, &self))
+    }
+}
+
+impl Handle for Ring {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        let (shared, owner) = (&session.shared, session.owner);
+        let (qpn, dest, gid) = (self.qpn, self.dest_qpn, Gid(self.dgid));
+        let notify = |notice: fn(u32) -> Notice| {
+            done(shared.with(|state| state.notify_peer(owner, (qpn, dest, gid), notice)))
+        };
+        match self.what {
+            ring::PROGRESS => notify(|qpn| Notice::PeerProgress { qpn }),
+            ring::FAULT => notify(|qpn| Notice::PeerFault { qpn }),
+            ring::BELL => {
+                let bell = shared.with(|state| state.peer_bell(owner, qpn, dest, gid))?;
+                bell.iter().for_each(|bell| ring_bell(bell));
+                done(Ok(()))
+            }
+            _ => Err(Refusal::Invalid("nothing that can be rung")),
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! One connection: hello, then requests in order until either side is gone.
+//!
+//! Owns the loop and the order of checks (header, descriptors, size, then meaning). What requests do is in `requests`.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use freeflow_core::ctl::{Hello, HelloReply, Incoming, Request, Socket, SocketError, VERSION, purpose};
+use freeflow_core::verbs::Gid;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+use zerocopy::IntoBytes;
+
+use crate::identity::Peer;
+use crate::limiter::Limiter;
+use crate::refusal::Refusal;
+use crate::requests;
+use crate::shared::Shared;
+use crate::state::{Client, MrTable, Mrs, Owner};
+
+/// Kinds of the connection manager's requests.
+pub const CM_KINDS: std::ops::RangeInclusive<u16> = 0x40..=0x7f;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    #[error("the process died")]
+    Died,
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error("no identity: {0}")]
+    Identity(Errno),
+    #[error("hello refused: {0}")]
+    Hello(Refusal),
+}
+
+/// A body and the descriptors that go with it.
+#[derive(Debug)]
+pub struct Reply {
+    pub body: Vec<u8>,
+    pub fds: Vec<Arc<OwnedFd>>,
+}
+
+/// A request that is not answered by a reply.
+#[derive(Debug)]
+pub enum Failure {
+    /// The connection goes on.
+    Refused(Refusal),
+    /// It ends.
+    Broken(SocketError),
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Failure::Refused(refusal)
+    }
+}
+
+/// A connection after its hello.
+#[derive(Debug)]
+pub struct Session {
+    pub shared: Arc<Shared>,
+    pub owner: Owner,
+    pub purpose: u32,
+    pub socket: Arc<Socket>,
+    peer: Peer,
+}
+
+/// Serves a connection that was admitted, until it ends.
+pub fn serve(shared: &Arc<Shared>, connection: u64, container: u32, socket: Arc<Socket>) {
+    let _leave = Leave { shared, connection };
+    let end = match greet(shared, container, socket) {
+        Ok(session) => {
+            let _bury = Bury(&session);
+            session.run()
+        }
+        Err(end) => end,
+    };
+    match end {
+        End::Died | End::Socket(SocketError::Closed) => {
+            tracing::debug!("connection {connection} of container {container} ended: {end}")
+        }
+        end => shared.log(container, || format!("connection ended: {end}")),
+    }
+}
+
+/// Gives a connection's place back, also when its session panics.
+struct Leave<'a> {
+    shared: &'a Shared,
+    connection: u64,
+}
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        self.shared.with(|state| state.dismiss(self.connection));
+        self.shared.something_ended();
+    }
+}
+
+/// Gives a client's objects back, also when its session panics.
+struct Bury<'a>(&'a Session);
+
+impl Drop for Bury<'_> {
+    fn drop(&mut self) {
+        let client = self.0.owner.client;
+        crate::cm_hook::leave(&self.0.shared, client);
+        self.0.shared.with(|state| state.bury(client));
+    }
+}
+
+/// Waits for the next message, or the end.
+fn next(socket: &Socket, peer: &Peer) -> Result<Incoming, End> {
+    loop {
+        let mut fds = [PollFd::new(socket, PollFlags::IN), PollFd::new(&peer.pidfd, PollFlags::IN)];
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(e) => return Err(SocketError::System("poll", e).into()),
+        }
+        if !fds[1].revents().is_empty() {
+            return Err(End::Died);
+        }
+        match socket.recv(RecvFlags::DONTWAIT) {
+            Err(SocketError::System(_, Errno::AGAIN)) => continue,
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// The first exchange: who is it, which version, what for.
+fn greet(shared: &Arc<Shared>, container: u32, socket: Arc<Socket>) -> Result<Session, End> {
+    let peer = Peer::of(&*socket).map_err(End::Identity)?;
+    let message = next(&socket, &peer)?;
+    if message.header.kind != Hello::KIND {
+        return Err(SocketError::Malformed("the first message must be Hello").into());
+    }
+    let hello = message.request::<Hello>()?;
+    match join(shared, container, &socket, &peer, hello) {
+        Ok((owner, reply)) => {
+            send(&socket, Hello::KIND, &reply)?;
+            Ok(Session { shared: shared.clone(), owner, purpose: hello.purpose, socket, peer })
+        }
+        Err(refusal) => {
+            // Whether it still hears it does not matter: the connection ends.
+            let _ = socket.refuse(Hello::KIND, refusal.errno());
+            Err(End::Hello(refusal))
+        }
+    }
+}
+
+fn check_hello(hello: Hello) -> Result<(), Refusal> {
+    if hello.min_version > VERSION || hello.max_version < VERSION {
+        return Err(Refusal::Version { min: hello.min_version, max: hello.max_version });
+    }
+    if hello.purpose != purpose::VERBS && hello.purpose != purpose::CM {
+        return Err(Refusal::Invalid("purpose of a connection"));
+    }
+    Ok(())
+}
+
+/// Makes a client of a connection that said hello.
+fn join(
+    shared: &Shared,
+    container: u32,
+    socket: &Arc<Socket>,
+    peer: &Peer,
+    hello: Hello,
+) -> Result<(Owner, Reply), Refusal> {
+    check_hello(hello)?;
+    let (event, theirs) = Socket::pair().map_err(Refusal::system("event socket"))?;
+    let (mut memory, mut mr_table) = (Err(Errno::PERM), None);
+    if hello.purpose == purpose::VERBS {
+        mr_table = Some(Arc::new(MrTable::new().map_err(Refusal::system("table of memory regions"))?));
+        memory = peer.open_memory().map(Arc::new);
+    }
+    if let (purpose::VERBS, Err(errno)) = (hello.purpose, &memory) {
+        let pid = peer.pid;
+        shared.log(container, || {
+            format!("the memory of process {pid} cannot be opened ({errno}): only the direct path will work for it")
+        });
+    }
+    let theirs = theirs.as_fd().try_clone_to_owned();
+    let theirs = theirs.map_err(|_| Refusal::System { what: "event socket", errno: Errno::MFILE })?;
+    let mut fds = vec![Arc::new(theirs)];
+    fds.extend(mr_table.iter().map(|table| table.writable.clone()));
+    let (owner, vip) = shared.with(|state| {
+        let id = state.new_client_id()?;
+        let home = state.containers.get(&container).filter(|c| !c.leaving);
+        let vip = home.ok_or(Refusal::NoSuch { what: "container", id: container })?.vip;
+        let client = Client {
+            id,
+            container,
+            pid: peer.pid,
+            rpc: socket.clone(),
+            event: Arc::new(event),
+            memory,
+            mr_table,
+            mrs: Mrs::default(),
+            given: Default::default(),
+            met: Default::default(),
+            key_failures: Limiter::new(256, 32),
+            key_failures_total: 0,
+        };
+        let owner = client.owner();
+        state.clients.insert(id, client);
+        Ok::<_, Refusal>((owner, vip))
+    })?;
+    let reply = HelloReply {
+        version: VERSION,
+        _pad: 0,
+        client: owner.client,
+        vip: Gid::of(vip).0,
+        boot: shared.boot,
+        limits: requests::limits(&shared.settings),
+    };
+    Ok((owner, Reply { body: reply.as_bytes().to_vec(), fds }))
+}
+
+fn send(socket: &Socket, kind: u16, reply: &Reply) -> Result<(), SocketError> {
+    let fds: Vec<_> = reply.fds.iter().map(|fd| fd.as_fd()).collect();
+    // Without waiting: who does not read its replies has no more room for one.
+    socket.send(kind, 0, &reply.body, &fds, SendFlags::DONTWAIT)
+}
+
+impl Session {
+    fn run(&self) -> End {
+        if self.purpose == purpose::CM {
+            crate::cm_hook::join(&self.shared, self.owner);
+        }
+        loop {
+            let step = next(&self.socket, &self.peer).and_then(|message| Ok(self.answer(message)?));
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    fn answer(&self, message: Incoming) -> Result<(), SocketError> {
+        let kind = message.header.kind;
+        if CM_KINDS.contains(&kind) && self.purpose == purpose::CM {
+            if crate::cm_hook::handle(self, &message)? {
+                return Ok(());
+            }
+            return self.refuse(kind, "connection manager request", &Refusal::Unsupported("request"));
+        }
+        let Some(entry) = requests::find(kind).filter(|_| self.purpose == purpose::VERBS) else {
+            return self.refuse(kind, "unknown request", &Refusal::Unsupported("request"));
+        };
+        match (entry.run)(self, message) {
+            Ok(reply) => send(&self.socket, kind, &reply),
+            Err(Failure::Refused(refusal)) => self.refuse(kind, entry.name, &refusal),
+            Err(Failure::Broken(error)) => Err(error),
+        }
+    }
+
+    fn refuse(&self, kind: u16, request: &str, refusal: &Refusal) -> Result<(), SocketError> {
+        let Owner { client, container } = self.owner;
+        let pid = self.peer.pid;
+        match refusal {
+            Refusal::Quota(_) | Refusal::TooOften(_) => {
+                self.shared.log(container, || format!("{request} of process {pid} refused: {refusal}"))
+            }
+            _ => tracing::debug!("client {client} (pid {pid}): {request} refused: {refusal}"),
+        }
+        self.socket.send(kind, refusal.errno().raw_os_error(), &[], &[], SendFlags::DONTWAIT)
+    }
+}

@@ -1,0 +1,132 @@
+//! The state behind its lock, and what happens when the lock is given back.
+//!
+//! Owns lock, order and delivery: notices go out under the lock, in order and without waiting; bells after it. It must
+//! never know what requests mean.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use freeflow_core::ctl::{
+    ClientGone, PeerFault, PeerGone, PeerLeft, PeerProgress, PeerReady, Socket, SocketError,
+};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::OFlags;
+
+use crate::cm;
+use crate::config::Settings;
+use crate::random::Random;
+use crate::state::{Client, Notice, State};
+
+/// What all threads of the daemon share.
+#[derive(Debug)]
+pub struct Shared {
+    state: Mutex<State>,
+    /// A connection ended, or the last copy on a revoked region did.
+    ended: Condvar,
+    /// Random per start of the router.
+    pub boot: u64,
+    pub settings: Arc<Settings>,
+    /// The connection manager, once it is started.
+    pub cm: OnceLock<cm::Service>,
+}
+
+impl Shared {
+    pub fn new(settings: Settings) -> std::io::Result<Self> {
+        let mut random = Random::new()?;
+        let boot = u64::from(random.next_u32()?) << 32 | u64::from(random.next_u32()?);
+        let settings = Arc::new(settings);
+        let state = Mutex::new(State::new(settings.clone(), random));
+        Ok(Shared { state, ended: Condvar::new(), boot, settings, cm: OnceLock::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic of one session must not take the others along: each operation leaves the tables whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `work` under the lock, then delivers what it had to tell.
+    pub fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.lock();
+        let result = work(&mut state);
+        let bells = deliver(&mut state);
+        drop(state);
+        bells.iter().for_each(|bell| ring_bell(bell));
+        result
+    }
+
+    /// Says that something ended for which [`Shared::wait_until`] may wait.
+    pub fn something_ended(&self) {
+        self.ended.notify_all();
+    }
+
+    /// Waits until `done` says so; false when it did not within `limit`.
+    pub fn wait_until(&self, limit: Duration, mut done: impl FnMut(&mut State) -> bool) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut state = self.lock();
+        while !done(&mut state) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Logs something a container's processes can cause at will: not more often than its limiter allows.
+    pub fn log(&self, container: u32, message: impl FnOnce() -> String) {
+        let passed = self.with(|state| {
+            let container = state.containers.get_mut(&container)?;
+            container.log.pass(Instant::now()).map(|before| (container.name.clone(), before))
+        });
+        match passed {
+            Some((name, 0)) => tracing::warn!("container {name}: {}", message()),
+            Some((name, before)) => {
+                tracing::warn!("container {name}: {} ({before} like lines left out)", message())
+            }
+            None => {}
+        }
+    }
+}
+
+/// Sends all notices; returns the bells that are to be rung without the lock.
+fn deliver(state: &mut State) -> Vec<Arc<OwnedFd>> {
+    for (to, notice) in std::mem::take(&mut state.outbox.notices) {
+        let Some(client) = state.clients.get(&to) else { continue };
+        if let Err(error) = send(&client.event, notice) {
+            give_up(client, &error);
+        }
+    }
+    std::mem::take(&mut state.outbox.bells)
+}
+
+/// A client that does not read its events must not hold anybody up.
+fn give_up(client: &Client, error: &SocketError) {
+    tracing::debug!("client {} (pid {}) takes no events: {error}", client.id, client.pid);
+    client.hang_up();
+}
+
+fn send(socket: &Socket, notice: Notice) -> Result<(), SocketError> {
+    match notice {
+        Notice::PeerReady { qpn } => socket.send_event(&PeerReady { qpn }),
+        Notice::PeerProgress { qpn } => socket.send_event(&PeerProgress { qpn }),
+        Notice::PeerFault { qpn } => socket.send_event(&PeerFault { qpn }),
+        Notice::PeerGone { qpn } => socket.send_event(&PeerGone { qpn }),
+        Notice::PeerLeft { qpn } => socket.send_event(&PeerLeft { qpn }),
+        Notice::ClientGone { client } => socket.send_event(&ClientGone { client }),
+    }
+}
+
+/// Writes to a client's eventfd. Its other holders can clear O_NONBLOCK and fill it; so it is set and room is checked
+/// first. Winning the race that remains stops one thread that serves the same tenant.
+pub fn ring_bell(bell: &OwnedFd) {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let writable = rustix::fs::fcntl_getfl(bell)
+        .and_then(|flags| rustix::fs::fcntl_setfl(bell, flags | OFlags::NONBLOCK))
+        .and_then(|()| rustix::event::poll(&mut [PollFd::new(bell, PollFlags::OUT)], Some(&now)));
+    if writable.is_ok_and(|ready| ready > 0) {
+        // A full or broken bell is its owner's loss: it rings already.
+        let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
+    }
+}

@@ -1,0 +1,113 @@
+//! A client's memory regions: keys, what they cover by the router's own record, and copies in progress.
+
+use std::collections::{HashMap, VecDeque};
+
+use freeflow_core::ring::MR_SLOTS;
+
+use crate::refusal::{Refusal, Result};
+
+/// The router's record of a memory region.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mr {
+    pub key: u32,
+    pub pd: u32,
+    pub len: u64,
+    /// Copies the router makes into or out of it at this moment.
+    pub copies: u32,
+    /// Deregistration began: no further copy may start.
+    pub revoked: bool,
+}
+
+/// Keys of one client. A slot is used again as late as possible and always with another random part.
+#[derive(Debug, Default)]
+pub struct Mrs {
+    by_slot: HashMap<u16, Mr>,
+    fresh: usize,
+    freed: VecDeque<(u16, u16)>,
+}
+
+impl Mrs {
+    /// A key that is not in use; `random` gives its upper half.
+    pub fn allocate(&mut self, mr: Mr, mut random: impl FnMut() -> Result<u32>) -> Result<u32> {
+        let (slot, last) = if self.fresh < MR_SLOTS {
+            (self.fresh as u16, 0)
+        } else {
+            *self.freed.front().ok_or(Refusal::Exhausted("slots in the table of memory regions"))?
+        };
+        let generation = loop {
+            let generation = random()? as u16;
+            if generation != 0 && generation != last {
+                break generation;
+            }
+        };
+        if self.fresh < MR_SLOTS {
+            self.fresh += 1;
+        } else {
+            self.freed.pop_front();
+        }
+        let key = u32::from(generation) << 16 | u32::from(slot);
+        self.by_slot.insert(slot, Mr { key, ..mr });
+        Ok(key)
+    }
+
+    pub fn get(&self, key: u32) -> Option<&Mr> {
+        self.by_slot.get(&(key as u16)).filter(|mr| mr.key == key)
+    }
+
+    pub fn get_mut(&mut self, key: u32) -> Option<&mut Mr> {
+        self.by_slot.get_mut(&(key as u16)).filter(|mr| mr.key == key)
+    }
+
+    pub fn remove(&mut self, key: u32) -> Option<Mr> {
+        self.get(key)?;
+        let mr = self.by_slot.remove(&(key as u16))?;
+        self.freed.push_back((key as u16, (key >> 16) as u16));
+        Some(mr)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Mr> {
+        self.by_slot.values()
+    }
+
+    pub fn len(&self) -> usize {
+        self.by_slot.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mr() -> Mr {
+        Mr { key: 0, pd: 1, len: 10, copies: 0, revoked: false }
+    }
+
+    #[test]
+    fn a_key_names_one_registration() {
+        let mut mrs = Mrs::default();
+        let mut n = 0u32;
+        let mut random = || {
+            n += 1;
+            Ok(n / 2) // 0 first: never part of a key
+        };
+        let key = mrs.allocate(mr(), &mut random).expect("room");
+        assert_eq!(key, 0x1_0000);
+        assert!(mrs.get(key).is_some() && mrs.get(key ^ 0x3_0000).is_none());
+        assert!(mrs.remove(key).is_some() && mrs.get(key).is_none() && mrs.remove(key).is_none());
+        assert_eq!(mrs.allocate(mr(), &mut random).expect("room") & 0xffff, 1, "not the slot just freed");
+    }
+
+    #[test]
+    fn a_full_table_reuses_the_oldest_slot_with_a_new_random_part() {
+        let mut mrs = Mrs::default();
+        let keys: Vec<_> = (0..MR_SLOTS).map(|_| mrs.allocate(mr(), || Ok(7)).expect("room")).collect();
+        mrs.allocate(mr(), || Ok(8)).expect_err("full");
+        for slot in [500, 3, 9] {
+            mrs.remove(keys[slot]).expect("live");
+        }
+        let mut numbers = [7, 0, 9, 9].into_iter();
+        let again = mrs.allocate(mr(), || Ok(numbers.next().expect("numbers"))).expect("a freed slot");
+        assert_eq!(again, 9 << 16 | 500, "neither 0 nor the last number of that slot");
+        assert_eq!(mrs.len(), MR_SLOTS - 2);
+    }
+}
