@@ -23,6 +23,12 @@ impl From<Error> for Errno {
     }
 }
 
+impl From<rustix::io::Errno> for Errno {
+    fn from(errno: rustix::io::Errno) -> Self {
+        Self(errno.raw_os_error())
+    }
+}
+
 pub fn set_errno(value: Errno) {
     // SAFETY: glibc returns the address of the calling thread's own errno.
     let slot = unsafe { libc::__errno_location() };

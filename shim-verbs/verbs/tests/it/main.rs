@@ -1,6 +1,7 @@
 //! Tests of the built library from outside, as a C program sees it.
 
 mod exports;
+mod programs;
 mod pure;
 
 use std::path::{Path, PathBuf};
