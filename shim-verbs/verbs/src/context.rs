@@ -1,0 +1,151 @@
+//! The context: what an open device is to a client, with the tables its inline functions call through.
+
+use crate::guard::{self, EOPNOTSUPP};
+use crate::object::{Live, Object};
+use crate::{cq, device, post, qp, query, unsupported};
+use freeflow_core::client;
+use freeflow_verbs_abi::*;
+use std::ffi::{c_int, c_void};
+use std::mem::{size_of, zeroed};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+/// What stands behind a `verbs_context`.
+pub struct Rust {
+    pub core: Arc<client::Context>,
+    pub live: Arc<Live>,
+}
+
+pub type Context = Object<verbs_context, Rust>;
+
+impl Context {
+    /// The context a client's `ibv_context` is the end of.
+    ///
+    /// # Safety
+    /// `context` came from [`create`] and was not freed.
+    pub unsafe fn of_ibv<'a>(context: *mut ibv_context) -> &'a Self {
+        // SAFETY: create() hands out addresses this far into a verbs_context.
+        let whole = unsafe { context.byte_sub(CONTEXT_OFFSET) };
+        // SAFETY: the caller's promise.
+        unsafe { Self::of(whole) }
+    }
+}
+
+/// Makes the C side of an open device.
+pub fn create(device: *mut ibv_device, core: Arc<client::Context>) -> *mut ibv_context {
+    // SAFETY: integers, nullable pointers and functions: all zeroes is a valid verbs_context.
+    let mut verbs: verbs_context = unsafe { zeroed() };
+    verbs.sz = size_of::<verbs_context>();
+    verbs.query_port = Some(query::port_ex);
+    verbs.query_device_ex = Some(query::device_ex);
+    verbs.create_cq_ex = Some(cq::create_ex);
+    verbs.create_qp_ex = Some(qp::create_ex);
+    verbs.close_xrcd = Some(no_close_xrcd); // the one inline function that does not check for NULL
+    let context = &mut verbs.context;
+    context.device = device;
+    context.ops = operations();
+    context.cmd_fd = core.async_fd().as_raw_fd();
+    context.async_fd = core.async_fd().as_raw_fd();
+    context.num_comp_vectors = 1;
+    context.mutex = libc::PTHREAD_MUTEX_INITIALIZER;
+    context.abi_compat = VERBS_ABI_IS_EXTENDED;
+    let whole = Context::alloc(verbs, Rust { core, live: Arc::default() });
+    // SAFETY: the ibv_context is this far into it.
+    unsafe { whole.byte_add(CONTEXT_OFFSET) }.cast()
+}
+
+/// Every slot is filled: clients call most of them without looking.
+fn operations() -> ibv_context_ops {
+    let gone: Option<unsafe extern "C" fn() -> *mut c_void> = Some(no_compat);
+    ibv_context_ops {
+        _compat_query_device: Some(query::ibv_query_device),
+        _compat_query_port: Some(query::ibv_query_port),
+        poll_cq: Some(post::poll_cq),
+        req_notify_cq: Some(post::req_notify_cq),
+        post_send: Some(post::post_send),
+        post_recv: Some(post::post_recv),
+        post_srq_recv: Some(no_post_srq_recv),
+        alloc_mw: Some(no_alloc_mw),
+        bind_mw: Some(no_bind_mw),
+        dealloc_mw: Some(no_dealloc_mw),
+        _compat_alloc_pd: gone,
+        _compat_dealloc_pd: gone,
+        _compat_reg_mr: gone,
+        _compat_rereg_mr: gone,
+        _compat_dereg_mr: gone,
+        _compat_create_cq: gone,
+        _compat_cq_event: gone,
+        _compat_resize_cq: gone,
+        _compat_destroy_cq: gone,
+        _compat_create_srq: gone,
+        _compat_modify_srq: gone,
+        _compat_query_srq: gone,
+        _compat_destroy_srq: gone,
+        _compat_create_qp: gone,
+        _compat_query_qp: gone,
+        _compat_modify_qp: gone,
+        _compat_destroy_qp: gone,
+        _compat_create_ah: gone,
+        _compat_destroy_ah: gone,
+        _compat_attach_mcast: gone,
+        _compat_detach_mcast: gone,
+        _compat_async_event: gone,
+    }
+}
+
+unsafe extern "C" fn no_compat() -> *mut c_void {
+    unsupported::ptr()
+}
+
+unsafe extern "C" fn no_alloc_mw(_: *mut ibv_pd, _: ibv_mw_type) -> *mut ibv_mw {
+    unsupported::ptr().cast()
+}
+
+unsafe extern "C" fn no_bind_mw(_: *mut ibv_qp, _: *mut ibv_mw, _: *mut ibv_mw_bind) -> c_int {
+    unsupported::int()
+}
+
+unsafe extern "C" fn no_dealloc_mw(_: *mut ibv_mw) -> c_int {
+    unsupported::int()
+}
+
+unsafe extern "C" fn no_close_xrcd(_: *mut ibv_xrcd) -> c_int {
+    unsupported::int()
+}
+
+unsafe extern "C" fn no_post_srq_recv(
+    _: *mut ibv_srq,
+    wr: *mut ibv_recv_wr,
+    bad: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: the caller passes a place for the first request that was not posted.
+    unsafe { bad.write(wr) };
+    EOPNOTSUPP.0
+}
+
+/// Closes the device; ours is the only reference to core's side unless objects are left, which go with the process.
+///
+/// # Safety
+/// `context` is a live context of this library.
+pub unsafe extern "C" fn ibv_close_device(context: *mut ibv_context) -> c_int {
+    guard::code(|| {
+        // SAFETY: the address create() made, taken back.
+        let whole = unsafe { context.byte_sub(CONTEXT_OFFSET) };
+        // SAFETY: a field of a live C structure.
+        let device = unsafe { (*context).device };
+        // SAFETY: the C API forbids any use after this.
+        unsafe { Context::free(whole) };
+        // SAFETY: the context held a reference.
+        unsafe { device::release(device) };
+        Ok(())
+    })
+}
+
+/// Core's side of a client's context.
+///
+/// # Safety
+/// As for [`Context::of_ibv`].
+pub unsafe fn core<'a>(context: *mut ibv_context) -> &'a Arc<client::Context> {
+    // SAFETY: the caller's promise.
+    unsafe { &Context::of_ibv(context).rust.core }
+}

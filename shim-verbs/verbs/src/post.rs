@@ -1,0 +1,165 @@
+//! The fast path: post_send, post_recv, poll_cq and req_notify_cq, reached through the context's table.
+//!
+//! Nothing here allocates, locks or makes a system call of its own, and nothing may panic: lists are passed on as slices
+//! of the program's own structures, completions are written where the program wants them.
+
+use crate::ah::Ah;
+use crate::cq::Cq;
+use crate::guard::{EINVAL, Errno, Result};
+use crate::qp::Qp;
+use freeflow_core::client::SendWr;
+use freeflow_core::exec::{Target, UdDest};
+use freeflow_core::verbs::{QpType, SendFlags, SendOp, Sge, Wc};
+use freeflow_verbs_abi::*;
+use std::ffi::c_int;
+use std::ptr;
+
+/// A request's scatter/gather list; both sides have one layout (asserted in convert.rs).
+///
+/// # Safety
+/// `list` points to `count` entries, as the C API demands.
+unsafe fn sges<'a>(list: *const ibv_sge, count: c_int, max: u32) -> Result<&'a [Sge]> {
+    let count = u32::try_from(count).ok().filter(|c| *c <= max).ok_or(EINVAL)?;
+    if count == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: the caller's promise; ibv_sge and Sge have one layout.
+    Ok(unsafe { std::slice::from_raw_parts(list.cast(), count as usize) })
+}
+
+/// The remote side of a request on a connected QP.
+///
+/// # Safety
+/// The union holds what the opcode says.
+unsafe fn target(op: SendOp, wr: &ibv_send_wr) -> Target {
+    if op.is_atomic() {
+        // SAFETY: the caller's promise; any bytes are valid integers.
+        let a = unsafe { wr.wr.atomic };
+        return Target::Atomic {
+            addr: a.remote_addr,
+            rkey: a.rkey,
+            compare_add: a.compare_add,
+            swap: a.swap,
+        };
+    }
+    if matches!(op, SendOp::Send | SendOp::SendImm) {
+        return Target::Receive;
+    }
+    // SAFETY: as above.
+    let rdma = unsafe { wr.wr.rdma };
+    Target::Memory { addr: rdma.remote_addr, rkey: rdma.rkey }
+}
+
+/// Where a request on a UD QP goes.
+///
+/// # Safety
+/// The union holds the address of a live AH of this library, or NULL.
+unsafe fn datagram(op: SendOp, wr: &ibv_send_wr) -> Result<Target> {
+    // SAFETY: the caller's promise; any bytes are valid integers.
+    let ud = unsafe { wr.wr.ud };
+    if ud.ah.is_null() || !matches!(op, SendOp::Send | SendOp::SendImm) {
+        return Err(EINVAL);
+    }
+    // SAFETY: the caller's promise.
+    let ah = unsafe { &Ah::of(ud.ah).rust.core.attr };
+    let (traffic_class, hop_limit) = (ah.traffic_class, ah.hop_limit);
+    let (qpn, qkey) = (ud.remote_qpn, ud.remote_qkey);
+    Ok(Target::Datagram(UdDest { dgid: ah.dgid, qpn, qkey, traffic_class, hop_limit }))
+}
+
+/// Posts one request.
+///
+/// # Safety
+/// `wr` is as the C API demands: live lists, and a union as its opcode says.
+unsafe fn send_one(qp: &Qp, wr: &ibv_send_wr) -> Result<()> {
+    let op = SendOp::try_from(wr.opcode).map_err(|_| EINVAL)?;
+    let target = match qp.rust.kind {
+        // SAFETY: the caller's promise.
+        QpType::Ud => unsafe { datagram(op, wr) }?,
+        // SAFETY: the caller's promise.
+        QpType::Rc | QpType::Uc => unsafe { target(op, wr) },
+    };
+    // SAFETY: the caller's promise.
+    let sges = unsafe { sges(wr.sg_list, wr.num_sge, qp.rust.caps.max_send_sge) }?;
+    // SAFETY: any four bytes are an immediate.
+    let imm = unsafe { wr.__bindgen_anon_1.imm_data };
+    let flags = SendFlags::from_bits(wr.send_flags).ok_or(EINVAL)?;
+    Ok(qp.rust.core.post_send(&SendWr { wr_id: wr.wr_id, op, flags, imm, target, sges })?)
+}
+
+/// Posts a list; stops at the first request that is refused and tells which.
+pub unsafe extern "C" fn post_send(
+    qp: *mut ibv_qp,
+    wr: *mut ibv_send_wr,
+    bad_wr: *mut *mut ibv_send_wr,
+) -> c_int {
+    // SAFETY: called through a live QP, as the C API demands.
+    let qp = unsafe { Qp::of(qp) };
+    let mut next = wr;
+    // SAFETY: the program passes a NULL-terminated list.
+    while let Some(request) = unsafe { next.as_ref() } {
+        // SAFETY: as above.
+        if let Err(Errno(error)) = unsafe { send_one(qp, request) } {
+            // SAFETY: the program passes a place for the first request that was not posted.
+            unsafe { bad_wr.write(next) };
+            return error;
+        }
+        next = request.next;
+    }
+    0
+}
+
+/// Posts what an `ibv_wr_*` batch collected, in order.
+///
+/// # Safety
+/// Each request is as the C API demands.
+pub unsafe fn send_all(qp: &Qp, wrs: &[ibv_send_wr]) -> c_int {
+    for wr in wrs {
+        // SAFETY: the caller's promise.
+        if let Err(Errno(error)) = unsafe { send_one(qp, wr) } {
+            return error;
+        }
+    }
+    0
+}
+
+/// # Safety
+/// As for [`post_send`].
+pub unsafe extern "C" fn post_recv(
+    qp: *mut ibv_qp,
+    wr: *mut ibv_recv_wr,
+    bad_wr: *mut *mut ibv_recv_wr,
+) -> c_int {
+    // SAFETY: called through a live QP, as the C API demands.
+    let qp = unsafe { Qp::of(qp) };
+    let mut next = wr;
+    // SAFETY: the program passes a NULL-terminated list.
+    while let Some(request) = unsafe { next.as_ref() } {
+        // SAFETY: as above.
+        let list = unsafe { sges(request.sg_list, request.num_sge, qp.rust.caps.max_recv_sge) };
+        let posted = list.and_then(|l| Ok(qp.rust.core.post_recv(request.wr_id, l)?));
+        if let Err(Errno(error)) = posted {
+            // SAFETY: the program passes a place for the first request that was not posted.
+            unsafe { bad_wr.write(next) };
+            return error;
+        }
+        next = request.next;
+    }
+    0
+}
+
+pub unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, count: c_int, wc: *mut ibv_wc) -> c_int {
+    let Ok(count @ 1..) = usize::try_from(count) else {
+        return if count == 0 { 0 } else { -libc::EINVAL };
+    };
+    // SAFETY: the program passes room for that many; ibv_wc and Wc have one layout and any bytes are a valid Wc.
+    let room = unsafe { &mut *ptr::slice_from_raw_parts_mut(wc.cast::<Wc>(), count) };
+    // SAFETY: called through a live CQ, as the C API demands.
+    unsafe { Cq::of(cq) }.rust.core.poll(room) as c_int
+}
+
+pub unsafe extern "C" fn req_notify_cq(cq: *mut ibv_cq, solicited_only: c_int) -> c_int {
+    // SAFETY: called through a live CQ, as the C API demands.
+    unsafe { Cq::of(cq) }.rust.core.arm(solicited_only != 0);
+    0
+}

@@ -1,0 +1,360 @@
+//! The `ibv_wr_*` interface: work requests are collected between wr_start and wr_complete, then posted in one go.
+//!
+//! Owns the collection and its critical section. Nothing is posted before complete; abort drops everything. What the
+//! program did wrong is remembered and told by complete, as the setters return nothing. All memory is reserved when the
+//! QP is made.
+
+use crate::object::Held;
+use crate::post;
+use crate::qp::Qp;
+use freeflow_core::verbs::QpCaps;
+use freeflow_verbs_abi::*;
+use std::cell::UnsafeCell;
+use std::ffi::{c_int, c_void};
+
+/// `send_ops_flags` that are built.
+pub const SUPPORTED_OPS: u64 = (IBV_QP_EX_WITH_RDMA_WRITE
+    | IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM
+    | IBV_QP_EX_WITH_SEND
+    | IBV_QP_EX_WITH_SEND_WITH_IMM
+    | IBV_QP_EX_WITH_RDMA_READ
+    | IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP
+    | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD) as u64;
+
+/// The collection of one QP.
+pub struct Builder {
+    mutex: UnsafeCell<libc::pthread_mutex_t>,
+    batch: UnsafeCell<Batch>,
+    /// The operations the program asked for at creation; others are errors.
+    ops: u64,
+    max_sge: usize,
+    max_inline: usize,
+}
+
+/// Requests collected so far. The vectors never grow past the capacity they were made with, so addresses into them hold.
+struct Batch {
+    wrs: Vec<ibv_send_wr>,
+    sges: Vec<ibv_sge>,
+    inline: Vec<u8>,
+    /// The first thing that went wrong, or 0.
+    error: c_int,
+}
+
+impl Builder {
+    pub fn new(caps: &QpCaps, ops: u64) -> Self {
+        let wrs = caps.max_send_wr as usize;
+        let (max_sge, max_inline) = (caps.max_send_sge as usize, caps.max_inline_data as usize);
+        let batch = Batch {
+            wrs: Vec::with_capacity(wrs),
+            // inline data takes an entry too, even where a request may have none
+            sges: Vec::with_capacity(wrs * max_sge.max(1)),
+            inline: Vec::with_capacity(wrs * max_inline),
+            error: 0,
+        };
+        let mutex = UnsafeCell::new(libc::PTHREAD_MUTEX_INITIALIZER);
+        Self { mutex, batch: UnsafeCell::new(batch), ops, max_sge, max_inline }
+    }
+}
+
+impl Batch {
+    fn clear(&mut self) {
+        self.wrs.clear();
+        self.sges.clear();
+        self.inline.clear();
+        self.error = 0;
+    }
+
+    fn fail(&mut self, error: c_int) {
+        if self.error == 0 {
+            self.error = error;
+        }
+    }
+
+    /// The request the setters apply to: none after an error or before the first.
+    fn last(&mut self) -> Option<&mut ibv_send_wr> {
+        if self.error == 0 && self.wrs.is_empty() {
+            self.fail(libc::EINVAL);
+        }
+        if self.error == 0 { self.wrs.last_mut() } else { None }
+    }
+
+    fn set_sges(&mut self, sges: &[ibv_sge], max: usize) {
+        if sges.len() > max || self.sges.capacity() - self.sges.len() < sges.len() {
+            return self.fail(libc::EINVAL);
+        }
+        let start = self.sges.len();
+        self.sges.extend_from_slice(sges);
+        // SAFETY: start is at most the length.
+        let list = unsafe { self.sges.as_mut_ptr().add(start) };
+        if let Some(wr) = self.last() {
+            wr.sg_list = list;
+            wr.num_sge = sges.len() as c_int;
+        }
+    }
+
+    /// Copies the buffers now: the program may reuse them before wr_complete.
+    fn set_inline(&mut self, buffers: &[ibv_data_buf], max: usize) {
+        let start = self.inline.len();
+        let total = buffers.iter().fold(0usize, |sum, b| sum.saturating_add(b.length));
+        if total > max || self.inline.capacity() - start < total {
+            return self.fail(libc::ENOMEM);
+        }
+        for buffer in buffers {
+            // SAFETY: the program passes readable buffers.
+            self.inline.extend_from_slice(unsafe { slice(buffer.addr.cast::<u8>(), buffer.length) });
+        }
+        // SAFETY: start is at most the length.
+        let addr = unsafe { self.inline.as_ptr().add(start) } as u64;
+        self.set_sges(&[ibv_sge { addr, length: total as u32, lkey: 0 }], 1);
+        if let Some(wr) = self.last() {
+            wr.send_flags |= IBV_SEND_INLINE;
+        }
+    }
+}
+
+/// The batch a setter adds to, between wr_start and wr_complete or wr_abort.
+///
+/// # Safety
+/// `qp` is a live QP made with send_ops_flags, and its program is between the two calls, as the man page demands: this
+/// thread then holds the mutex.
+unsafe fn batch<'a>(qp: *mut ibv_qp_ex) -> (&'a Builder, &'a mut Batch) {
+    // SAFETY: the caller's promise.
+    let builder = unsafe { builder(qp) };
+    // SAFETY: the mutex makes this thread the only user.
+    (builder, unsafe { &mut *builder.batch.get() })
+}
+
+/// # Safety
+/// `qp` is a live QP made with send_ops_flags.
+unsafe fn builder<'a>(qp: *mut ibv_qp_ex) -> &'a Builder {
+    // SAFETY: the caller's promise.
+    let qp = unsafe { Qp::of(qp) };
+    // Only install() hands out these functions, and only for QPs with a builder.
+    qp.rust.builder.as_ref().expect("a QP made with send_ops_flags has a builder")
+}
+
+/// Begins a request; a full queue or an operation that was not asked for is remembered.
+///
+/// # Safety
+/// As for [`batch`].
+unsafe fn begin(
+    qp: *mut ibv_qp_ex,
+    (opcode, op): (ibv_wr_opcode, ibv_qp_create_send_ops_flags),
+    fill: impl FnOnce(&mut ibv_send_wr),
+) {
+    // SAFETY: the caller's promise.
+    let (builder, batch) = unsafe { batch(qp) };
+    if builder.ops & u64::from(op) == 0 {
+        return batch.fail(libc::EOPNOTSUPP);
+    }
+    if batch.wrs.len() == batch.wrs.capacity() {
+        return batch.fail(libc::ENOMEM);
+    }
+    // SAFETY: integers and nullable pointers: all zeroes is a valid request.
+    let mut wr: ibv_send_wr = unsafe { std::mem::zeroed() };
+    wr.opcode = opcode;
+    // SAFETY: the program writes wr_id before each request, through the C structure.
+    wr.wr_id = unsafe { (*qp).wr_id };
+    // SAFETY: as above, for wr_flags.
+    wr.send_flags = unsafe { (*qp).wr_flags } & !IBV_SEND_INLINE;
+    fill(&mut wr);
+    batch.wrs.push(wr);
+}
+
+fn rdma(rkey: u32, remote_addr: u64) -> ibv_send_wr__bindgen_ty_2 {
+    ibv_send_wr__bindgen_ty_2 { rdma: ibv_send_wr__bindgen_ty_2__bindgen_ty_1 { remote_addr, rkey } }
+}
+
+fn atomic(rkey: u32, remote_addr: u64, compare_add: u64, swap: u64) -> ibv_send_wr__bindgen_ty_2 {
+    let atomic = ibv_send_wr__bindgen_ty_2__bindgen_ty_2 { remote_addr, compare_add, swap, rkey };
+    ibv_send_wr__bindgen_ty_2 { atomic }
+}
+
+fn imm(imm_data: __be32) -> ibv_send_wr__bindgen_ty_1 {
+    ibv_send_wr__bindgen_ty_1 { imm_data }
+}
+
+unsafe extern "C" fn wr_send(qp: *mut ibv_qp_ex) {
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, (IBV_WR_SEND, IBV_QP_EX_WITH_SEND), |_| {}) }
+}
+
+unsafe extern "C" fn wr_send_imm(qp: *mut ibv_qp_ex, imm_data: __be32) {
+    let op = (IBV_WR_SEND_WITH_IMM, IBV_QP_EX_WITH_SEND_WITH_IMM);
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, |wr| wr.__bindgen_anon_1 = imm(imm_data)) }
+}
+
+unsafe extern "C" fn wr_rdma_write(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64) {
+    let op = (IBV_WR_RDMA_WRITE, IBV_QP_EX_WITH_RDMA_WRITE);
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, |wr| wr.wr = rdma(rkey, remote_addr)) }
+}
+
+unsafe extern "C" fn wr_rdma_write_imm(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64, imm_data: __be32) {
+    let op = (IBV_WR_RDMA_WRITE_WITH_IMM, IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM);
+    let fill = |wr: &mut ibv_send_wr| {
+        wr.wr = rdma(rkey, remote_addr);
+        wr.__bindgen_anon_1 = imm(imm_data);
+    };
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, fill) }
+}
+
+unsafe extern "C" fn wr_rdma_read(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64) {
+    let op = (IBV_WR_RDMA_READ, IBV_QP_EX_WITH_RDMA_READ);
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, |wr| wr.wr = rdma(rkey, remote_addr)) }
+}
+
+unsafe extern "C" fn wr_atomic_cmp_swp(
+    qp: *mut ibv_qp_ex,
+    rkey: u32,
+    remote_addr: u64,
+    compare: u64,
+    swap: u64,
+) {
+    let op = (IBV_WR_ATOMIC_CMP_AND_SWP, IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP);
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, |wr| wr.wr = atomic(rkey, remote_addr, compare, swap)) }
+}
+
+unsafe extern "C" fn wr_atomic_fetch_add(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64, add: u64) {
+    let op = (IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD);
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, |wr| wr.wr = atomic(rkey, remote_addr, add, 0)) }
+}
+
+unsafe extern "C" fn wr_set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, remote_qpn: u32, remote_qkey: u32) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (_, batch) = unsafe { batch(qp) };
+    if let Some(wr) = batch.last() {
+        wr.wr.ud = ibv_send_wr__bindgen_ty_2__bindgen_ty_3 { ah, remote_qpn, remote_qkey };
+    }
+}
+
+unsafe extern "C" fn wr_set_sge(qp: *mut ibv_qp_ex, lkey: u32, addr: u64, length: u32) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (builder, batch) = unsafe { batch(qp) };
+    batch.set_sges(&[ibv_sge { addr, length, lkey }], builder.max_sge);
+}
+
+unsafe extern "C" fn wr_set_sge_list(qp: *mut ibv_qp_ex, num_sge: usize, sg_list: *const ibv_sge) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (builder, batch) = unsafe { batch(qp) };
+    // SAFETY: the program passes a list of num_sge entries.
+    batch.set_sges(unsafe { slice(sg_list, num_sge) }, builder.max_sge);
+}
+
+unsafe extern "C" fn wr_set_inline_data(qp: *mut ibv_qp_ex, addr: *mut c_void, length: usize) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (builder, batch) = unsafe { batch(qp) };
+    batch.set_inline(&[ibv_data_buf { addr, length }], builder.max_inline);
+}
+
+unsafe extern "C" fn wr_set_inline_data_list(
+    qp: *mut ibv_qp_ex,
+    num_buf: usize,
+    buf_list: *const ibv_data_buf,
+) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (builder, batch) = unsafe { batch(qp) };
+    // SAFETY: the program passes a list of num_buf buffers.
+    batch.set_inline(unsafe { slice(buf_list, num_buf) }, builder.max_inline);
+}
+
+unsafe extern "C" fn wr_start(qp: *mut ibv_qp_ex) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let builder = unsafe { builder(qp) };
+    std::mem::forget(Held::lock(builder.mutex.get())); // released by wr_complete or wr_abort
+    // SAFETY: the mutex makes this thread the only user.
+    unsafe { &mut *builder.batch.get() }.clear();
+}
+
+unsafe extern "C" fn wr_complete(qp: *mut ibv_qp_ex) -> c_int {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (builder, batch) = unsafe { batch(qp) };
+    let _held = Held::adopt(builder.mutex.get());
+    if batch.error != 0 {
+        return batch.error;
+    }
+    // SAFETY: called through a live QP, as the C API demands.
+    let qp = unsafe { Qp::of(qp) };
+    // SAFETY: the requests point to entries of this batch and to buffers the program vouches for.
+    unsafe { post::send_all(qp, &batch.wrs) }
+}
+
+unsafe extern "C" fn wr_abort(qp: *mut ibv_qp_ex) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (builder, batch) = unsafe { batch(qp) };
+    let _held = Held::adopt(builder.mutex.get());
+    batch.clear();
+}
+
+/// Behind every function of an operation that is not built: wr_complete tells. It reads no argument but the first, which
+/// the C calling convention allows.
+unsafe extern "C" fn unbuilt(qp: *mut ibv_qp_ex) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (_, batch) = unsafe { batch(qp) };
+    batch.fail(libc::EOPNOTSUPP);
+}
+
+/// A C list, where NULL is an empty one.
+///
+/// # Safety
+/// `list` points to `len` entries or `len` is 0.
+unsafe fn slice<'a, T>(list: *const T, len: usize) -> &'a [T] {
+    if list.is_null() || len == 0 {
+        return &[];
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts(list, len) }
+}
+
+/// Points every `wr_*` of a QP made with send_ops_flags to a function; none stays NULL.
+pub fn install(ex: &mut ibv_qp_ex) {
+    ex.wr_atomic_cmp_swp = Some(wr_atomic_cmp_swp);
+    ex.wr_atomic_fetch_add = Some(wr_atomic_fetch_add);
+    ex.wr_rdma_read = Some(wr_rdma_read);
+    ex.wr_rdma_write = Some(wr_rdma_write);
+    ex.wr_rdma_write_imm = Some(wr_rdma_write_imm);
+    ex.wr_send = Some(wr_send);
+    ex.wr_send_imm = Some(wr_send_imm);
+    ex.wr_set_ud_addr = Some(wr_set_ud_addr);
+    ex.wr_set_inline_data = Some(wr_set_inline_data);
+    ex.wr_set_inline_data_list = Some(wr_set_inline_data_list);
+    ex.wr_set_sge = Some(wr_set_sge);
+    ex.wr_set_sge_list = Some(wr_set_sge_list);
+    ex.wr_start = Some(wr_start);
+    ex.wr_complete = Some(wr_complete);
+    ex.wr_abort = Some(wr_abort);
+    ex.wr_bind_mw = Some(unbuilt_bind_mw);
+    ex.wr_local_inv = Some(unbuilt_u32);
+    ex.wr_send_inv = Some(unbuilt_u32);
+    ex.wr_set_xrc_srqn = Some(unbuilt_u32);
+    ex.wr_send_tso = Some(unbuilt_tso);
+    ex.wr_atomic_write = Some(unbuilt_atomic_write);
+}
+
+/// What fills the place of functions that newer releases of rdma-core append to `ibv_qp_ex`.
+pub const UNBUILT: unsafe extern "C" fn(*mut ibv_qp_ex) = unbuilt;
+
+unsafe extern "C" fn unbuilt_u32(qp: *mut ibv_qp_ex, _: u32) {
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { unbuilt(qp) }
+}
+
+unsafe extern "C" fn unbuilt_bind_mw(qp: *mut ibv_qp_ex, _: *mut ibv_mw, _: u32, _: *const ibv_mw_bind_info) {
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { unbuilt(qp) }
+}
+
+unsafe extern "C" fn unbuilt_tso(qp: *mut ibv_qp_ex, _: *mut c_void, _: u16, _: u16) {
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { unbuilt(qp) }
+}
+
+unsafe extern "C" fn unbuilt_atomic_write(qp: *mut ibv_qp_ex, _: u32, _: u64, _: *const c_void) {
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { unbuilt(qp) }
+}

@@ -1,0 +1,27 @@
+//! Tests of the built library from outside, as a C program sees it.
+
+mod exports;
+mod programs;
+mod pure;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The library, built now: `cargo test` does not build a cdylib for its package's own tests, and an rlib beside it, which
+/// would make it, turns link-time optimisation off.
+fn library() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let exe = std::env::current_exe().expect("a test has a path");
+        let profile = exe.parent().and_then(Path::parent).expect("TARGET/PROFILE/deps/TEST");
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "--package", env!("CARGO_PKG_NAME"), "--target-dir"]);
+        cargo.arg(profile.parent().expect("TARGET/PROFILE")).current_dir(env!("CARGO_MANIFEST_DIR"));
+        if profile.ends_with("release") {
+            cargo.arg("--release");
+        }
+        assert!(cargo.status().expect("cargo starts").success(), "the library does not build");
+        profile.join("libff_ibverbs.so")
+    })
+}
