@@ -1,1 +1,2 @@
 //! freeflow: the router daemon and its command line.
+pub mod cm;
