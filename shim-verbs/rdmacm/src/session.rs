@@ -6,10 +6,10 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use freeflow_core::client::socket_candidates;
 use freeflow_core::ctl::{Hello, RawGid, Request, Socket, SocketError, VERSION, purpose};
 
 use crate::device::Device;
@@ -83,7 +83,8 @@ impl Session {
     }
 
     fn connect() -> Result<Session> {
-        let socket = Socket::connect(&socket_path()).map_err(|_| Errno::NODEV)?;
+        let socket = socket_candidates().iter().find_map(|path| Socket::connect(path).ok());
+        let socket = socket.ok_or(Errno::NODEV)?;
         let hello = Hello { min_version: VERSION, max_version: VERSION, purpose: purpose::CM };
         let (reply, mut fds) = socket.call(&hello, &[]).map_err(|_| Errno::NODEV)?;
         if fds.is_empty() {
@@ -138,18 +139,6 @@ impl Session {
         // The step of splitmix64; each caller gets its own.
         let n = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         ((n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40) as u32
-    }
-}
-
-/// Where the router listens: FREEFLOW_SOCKET, else the system's router, else the user's.
-fn socket_path() -> PathBuf {
-    if let Some(path) = std::env::var_os("FREEFLOW_SOCKET") {
-        return path.into();
-    }
-    let system = PathBuf::from("/run/freeflow/router.sock");
-    match std::env::var_os("XDG_RUNTIME_DIR") {
-        Some(dir) if !system.exists() => PathBuf::from(dir).join("freeflow/router.sock"),
-        _ => system,
     }
 }
 
