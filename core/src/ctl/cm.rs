@@ -135,6 +135,9 @@ body! {
         qkey: u32,
         /// First packet number the sender uses.
         psn: u32,
+        /// `ibv_ece`, for programs that agree on enhancements themselves.
+        ece_vendor: u32,
+        ece_options: u32,
     }
 }
 
@@ -206,9 +209,9 @@ mod tests {
     #[test]
     fn the_largest_messages_fit_and_have_no_padding() {
         assert_eq!(size_of::<CmAddr>(), 24);
-        assert_eq!(size_of::<CmParams>(), 20);
+        assert_eq!(size_of::<CmParams>(), 28);
         assert_eq!(size_of::<CmData>(), 200);
-        assert_eq!(size_of::<CmNext>(), 16 + 2 * 24 + 16 + 20 + 200);
+        assert_eq!(size_of::<CmNext>(), 16 + 2 * 24 + 16 + 28 + 200);
         assert!(size_of::<CmNext>() < MAX_BODY);
         assert_eq!(CmNextEvent::KIND, 0x4f);
     }

@@ -40,6 +40,7 @@ pub trait Directory: Send {
 
 /// What can happen to the manager.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "lives on one stack for the length of one call")]
 pub enum Input {
     /// A connection with purpose CM said hello.
     Join { client: u32, home: Home },

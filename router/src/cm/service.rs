@@ -10,6 +10,8 @@ use std::time::Instant;
 use freeflow_core::ctl::cm::*;
 use freeflow_core::ctl::{Done, Id, Incoming, Socket, SocketError};
 use rustix::io::Errno;
+use rustix::net::SendFlags;
+use zerocopy::IntoBytes;
 
 use super::{Answer, Call, Directory, Home, Input, Manager, Output};
 
@@ -107,7 +109,8 @@ impl Service {
         let kind = call.kind();
         let (answer, socket_end) = self.0.run(|inner| inner.answer(client, call));
         match answer {
-            Err(errno) => socket.refuse(kind, errno)?,
+            // Without waiting, here and below: who does not read its replies has no more room for one.
+            Err(errno) => socket.send(kind, errno.raw_os_error(), &[], &[], SendFlags::DONTWAIT)?,
             Ok(answer) => reply(socket, kind, answer, socket_end.as_ref())?,
         }
         Ok(true)
@@ -116,10 +119,8 @@ impl Service {
 
 /// Sends `answer` as a reply of `kind`; `end` is the client's end of a new channel.
 fn reply(socket: &Socket, kind: u16, answer: Answer, end: Option<&Socket>) -> Result<(), SocketError> {
-    use rustix::net::SendFlags;
-    use zerocopy::IntoBytes;
     let fds: Vec<_> = end.iter().map(|end| end.as_fd()).collect();
-    let send = |body: &[u8]| socket.send(kind, 0, body, &fds, SendFlags::empty());
+    let send = |body: &[u8]| socket.send(kind, 0, body, &fds, SendFlags::DONTWAIT);
     match answer {
         Answer::Done => send(Done::default().as_bytes()),
         Answer::Id(id) | Answer::Channel(id) => send(Id { id }.as_bytes()),

@@ -172,6 +172,8 @@ const PARAMS: CmParams = CmParams {
     qpn: 0,
     qkey: 0,
     psn: 0,
+    ece_vendor: 0,
+    ece_options: 0,
 };
 
 fn pair(world: &mut World) -> (Client, Client) {
