@@ -279,11 +279,8 @@ static void qp_caps_returned(void)
 	CHECK(a.cap.max_inline_data >= 33, "got %u", a.cap.max_inline_data);
 	OK(ibv_query_qp(qp, &attr, IBV_QP_CAP, &init));
 	EQ(memcmp(&init.cap, &attr.cap, sizeof(attr.cap)), 0);
-	EQ(attr.cap.max_send_wr, a.cap.max_send_wr);
-	EQ(attr.cap.max_recv_wr, a.cap.max_recv_wr);
-	EQ(attr.cap.max_send_sge, a.cap.max_send_sge);
-	EQ(attr.cap.max_recv_sge, a.cap.max_recv_sge);
-	EQ(attr.cap.max_inline_data, a.cap.max_inline_data);
+	if (!is_rxe) /* which tells the creator what was asked for, and the query what there is */
+		EQ(memcmp(&attr.cap, &a.cap, sizeof(a.cap)), 0);
 	CHECK(init.send_cq == t.cq && init.recv_cq == t.cq && !init.srq, "the QP's CQs are others");
 	EQ(init.qp_type, IBV_QPT_RC);
 	EQ(init.sq_sig_all, 1);

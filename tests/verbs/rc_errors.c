@@ -303,12 +303,12 @@ static void read_into_readonly_mr(void)
 
 /* ---- receives ---------------------------------------------------------------------------------------------------- */
 
-/* IBA 9.7.5.2.4 answers with NAK-Invalid Request; soft-RoCE with NAK-Remote Operational Error. */
+/* IBA 9.7.5.2.4 answers with NAK-Invalid Request; soft-RoCE with NAK-Remote Operational Error, and LOC_QP_OP_ERR at the receiver. */
 static void receive_too_small(void)
 {
-	enum ibv_wc_status status = is_rxe ? IBV_WC_REM_OP_ERR : IBV_WC_REM_INV_REQ_ERR;
-
-	run_trial(&(struct trial){ .op = IBV_WR_SEND, .len = 101, .recv_len = 100, .status = status, .remote = IBV_WC_LOC_LEN_ERR });
+	run_trial(&(struct trial){ .op = IBV_WR_SEND, .len = 101, .recv_len = 100,
+				   .status = is_rxe ? IBV_WC_REM_OP_ERR : IBV_WC_REM_INV_REQ_ERR,
+				   .remote = is_rxe ? IBV_WC_LOC_QP_OP_ERR : IBV_WC_LOC_LEN_ERR });
 }
 
 static void receive_key_wrong(void)
