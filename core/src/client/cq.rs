@@ -21,6 +21,9 @@ use super::slab::{Block, BlockKind};
 
 /// Lanes up to which polling all of them is cheaper than asking peers to mark.
 const SCAN_LIMIT: usize = 8;
+/// Empty polls in a row, some 20 us, after which the processor is offered to others: with more pollers than processors
+/// the one that is waited for would otherwise not run before a time slice has passed.
+const PATIENCE: u32 = 1024;
 
 /// A completion queue.
 #[derive(Debug)]
@@ -53,6 +56,8 @@ struct Inner {
     count: usize,
     mapped: bool,
     ready: VecDeque<usize>,
+    /// Polls since the last completion.
+    idle: u32,
     /// Where the next scan starts, so that a busy lane does not starve the others.
     start: usize,
 }
@@ -106,7 +111,13 @@ impl Cq {
             self.context.stalled.progress(false);
         }
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if inner.mapped { self.poll_dirty(&mut inner, out) } else { self.scan(&mut inner, out) }
+        let filled = if inner.mapped { self.poll_dirty(&mut inner, out) } else { self.scan(&mut inner, out) };
+        inner.idle = if filled == 0 { inner.idle.wrapping_add(1) } else { 0 };
+        if inner.idle % PATIENCE == PATIENCE - 1 {
+            drop(inner);
+            std::thread::yield_now();
+        }
+        filled
     }
 
     fn scan(&self, inner: &mut Inner, out: &mut [Wc]) -> usize {
