@@ -179,6 +179,9 @@ fn stage_one(maps: &Maps, s: &Staged) -> Result<(), Errno> {
     }
     each_chunk(vma, |at, len| {
         let off = vma.offset + (at - vma.start);
+        if os::next_data(fd, off, off + len).is_some() {
+            os::populate(s.at + (at - vma.start), len);
+        }
         freeze::frozen(at, len, || {
             freeze::map_file(at, len, vma, Sharing::PrivateFrozen, fd, off)?;
             let staged = match os::next_data(fd, off, off + len) {

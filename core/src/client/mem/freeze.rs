@@ -6,11 +6,10 @@
 //! thread-local; and its signals wait. One mover at a time: callers hold the mover's lock (see mod.rs).
 //!
 //! The handler is checked before each use. Where another was installed over ours, ours goes back on top and
-//! hands on every fault that is not ours; when that happens too often, moving is off.
+//! hands on every fault that is not ours; when too many different ones have come, moving is off.
 
 use std::cell::UnsafeCell;
 use std::mem::{MaybeUninit, size_of};
-use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -22,7 +21,7 @@ use rustix::thread::futex;
 
 use super::MemError;
 use super::maps::Vma;
-use super::os::{self, Maps};
+use super::os;
 
 /// Longest stretch frozen at once: a system call that writes into it meanwhile fails with EFAULT.
 pub(super) const CHUNK: u64 = 64 << 10;
@@ -52,7 +51,7 @@ struct Chain {
 
 static STATE: AtomicPtr<State> = AtomicPtr::new(ptr::null_mut());
 
-const LEVELS: usize = 8;
+const LEVELS: usize = 16;
 struct Previous([UnsafeCell<MaybeUninit<libc::sigaction>>; LEVELS]);
 // SAFETY: an entry is written once, before COUNT covers it, and only read afterwards.
 unsafe impl Sync for Previous {}
@@ -121,12 +120,15 @@ fn install() -> Result<(), MemError> {
         return Ok(());
     }
     let n = COUNT.load(Ordering::Relaxed);
-    if n == LEVELS {
-        return Err(MemError::HandlerTaken(n));
+    let known = n.checked_sub(1).map(previous).is_some_and(|p| p.sa_sigaction == current.sa_sigaction);
+    if !known {
+        if n == LEVELS {
+            return Err(MemError::HandlerTaken(n));
+        }
+        // SAFETY: entry n is not covered by COUNT yet, and callers hold the mover's lock.
+        unsafe { (*PREVIOUS.0[n].get()).write(current) };
+        COUNT.store(n + 1, Ordering::Release);
     }
-    // SAFETY: entry n is not covered by COUNT yet, and callers hold the mover's lock.
-    unsafe { (*PREVIOUS.0[n].get()).write(current) };
-    COUNT.store(n + 1, Ordering::Release);
     // SAFETY: all-zero bytes are a valid value of this plain structure.
     let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
     ours.sa_sigaction = on_fault as *const () as usize;
@@ -136,21 +138,51 @@ fn install() -> Result<(), MemError> {
     if r == 0 { Ok(()) } else { Err(MemError::HandlerTaken(n)) }
 }
 
+/// A handler that stood before ours. `level` is below COUNT.
+fn previous(level: usize) -> &'static libc::sigaction {
+    // SAFETY: entries below COUNT are never written again.
+    let entry = unsafe { &*PREVIOUS.0[level].get() };
+    // SAFETY: and they are set.
+    unsafe { entry.assume_init_ref() }
+}
+
 extern "C" fn on_fault(sig: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes a valid record.
     let record = unsafe { &*info };
     // SAFETY: for SIGSEGV by a fault the address is set; for one sent by kill it is some number.
     let addr = unsafe { record.si_addr() } as u64;
     // Faults have positive codes; kill and sigqueue do not.
-    if record.si_code > 0 && (wait_if_frozen(addr) || was_frozen(addr, record.si_code, context)) {
+    if record.si_code > 0 && explained(addr, record.si_code, context) {
         return;
     }
     hand_on(sig, info, context);
 }
 
-/// Waits while `addr` is in the frozen chunk. False if it never was.
-fn wait_if_frozen(addr: u64) -> bool {
+/// Whether freezing was the fault's cause; then the write is simply tried again. Waits for the thaw.
+fn explained(addr: u64, code: c_int, context: *mut c_void) -> bool {
+    const SEGV_ACCERR: c_int = 2;
     let Some(s) = state() else { return false };
+    loop {
+        let seq = s.seq.load(Ordering::Acquire);
+        if wait_if_frozen(s, addr) {
+            return true;
+        }
+        if code != SEGV_ACCERR || !ever_touched(addr, addr + 1) || !was_write(context) {
+            return false;
+        }
+        if is_writable(addr) {
+            // Frozen when it faulted, thawed before it came here.
+            return true;
+        }
+        if seq.is_multiple_of(2) && s.seq.load(Ordering::Acquire) == seq {
+            return false;
+        }
+        // Something was frozen in between, perhaps this.
+    }
+}
+
+/// Waits while `addr` is in the frozen chunk. False if it is in none.
+fn wait_if_frozen(s: &State, addr: u64) -> bool {
     let mut waited = false;
     while let Some(seq) = frozen_now(s, addr) {
         if !waited {
@@ -176,20 +208,14 @@ fn frozen_now(s: &State, addr: u64) -> Option<u32> {
     }
 }
 
-/// A write that faulted on a frozen chunk and came here after it thawed: the page is writable by now, so the
-/// fault has no cause left and the write is simply tried again.
-fn was_frozen(addr: u64, code: c_int, context: *mut c_void) -> bool {
-    const SEGV_ACCERR: c_int = 2;
-    if code != SEGV_ACCERR || !ever_touched(addr, addr + 1) || !was_write(context) {
-        return false;
-    }
-    let Ok(maps) = Maps::open() else { return false };
-    let mut writable = false;
-    let looked = maps.over(addr, addr + 1, |vma| {
-        writable = vma.write;
-        ControlFlow::Break(())
-    });
-    looked.is_ok() && writable
+/// Has the kernel add zero to the word at `addr`, atomically: that works where a write would. At worst it wakes
+/// a waiter who finds nothing changed.
+fn is_writable(addr: u64) -> bool {
+    let nobody = AtomicU32::new(0);
+    // SAFETY: aligned; only handed to the kernel, which checks it.
+    let word = unsafe { &*((addr & !3) as *const AtomicU32) };
+    let (op, cmp) = (futex::WakeOp::Add, futex::WakeOpCmp::Eq);
+    futex::wake_op(&nobody, futex::Flags::PRIVATE, 0, 0, word, op, cmp, 0, 0x5a5).is_ok()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -213,12 +239,8 @@ fn hand_on(sig: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // A handler that was installed over ours and calls ours back must get the one below it.
     let depth = if count > 1 { depth_of(tid, info as u64, frame) } else { 0 };
     let Some(level) = count.checked_sub(1 + depth) else { return default_action(sig) };
-    // SAFETY: entries below COUNT are never written again.
-    let previous = unsafe { &*PREVIOUS.0[level].get() };
-    // SAFETY: and they are set.
-    let previous = unsafe { previous.assume_init_ref() };
     let slot = if count > 1 { enter_chain(tid, info as u64, frame) } else { None };
-    call(previous, sig, info, context);
+    call(previous(level), sig, info, context);
     if let Some(slot) = slot {
         slot.tid.store(0, Ordering::Release);
     }
@@ -479,6 +501,9 @@ fn chunks_out(part: &Vma, fd: BorrowedFd<'_>, scratch: u64) -> u64 {
     while at < part.end {
         let len = CHUNK.min(part.end - at);
         let (from, off) = (scratch + (at - part.start), part.offset + (at - part.start));
+        if os::next_data(fd, off, off + len).is_some() {
+            os::populate(from, len);
+        }
         let moved = frozen(at, len, || {
             let r = protect(at, len, part, true)
                 .and_then(|()| match os::next_data(fd, off, off + len) {

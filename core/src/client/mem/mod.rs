@@ -527,3 +527,29 @@ fn discard(maps: &Maps, addr: u64, end: u64, advice: i32) -> Result<(), Errno> {
     // The kernel too does what it can, then says that there was a hole.
     result.and(if hole || at < end { Err(Errno::NOMEM) } else { Ok(()) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Kernels before 6.11 tell of mappings only as text; the rest of the suite runs with what this one has.
+    #[test]
+    fn works_from_the_text_of_maps_alone() {
+        os::forget_query();
+        let pd = PdMemory::new().unwrap();
+        let at = os::anonymous(8 * 4096).unwrap();
+        let want = Want { remote: true, local_write: true };
+        let a = pd.register(at + 100, 2 * 4096, want).unwrap();
+        let b = pd.register(at, 8 * 4096, want).unwrap();
+        assert_eq!(b.extents().len(), 1);
+        assert_eq!(b.extents()[0].offset + 100, a.extents()[0].offset);
+        assert!(a.still_mapped() && b.still_mapped());
+        // SAFETY: memory of this test.
+        assert!(unsafe { madvise_moved(at, 4096, libc::MADV_DONTNEED) }.unwrap().is_ok());
+        freeze::unmap(at + 4 * 4096, 4096);
+        assert!(a.still_mapped() && !b.still_mapped());
+        assert_eq!(pd.register(at, 8 * 4096, want).err().map(|e| e.errno()), Some(Errno::FAULT));
+        drop((a, b));
+        assert_eq!(RUNS.load(Ordering::Relaxed), 0);
+    }
+}

@@ -275,6 +275,12 @@ pub(super) fn wipe_on_fork(page: u64) -> Result<(), Errno> {
     unsafe { rustix::mm::madvise(page as *mut _, page_size() as usize, Advice::LinuxWipeOnFork) }
 }
 
+/// Has the kernel supply pages now rather than fault by fault. Kernels before 5.14 do not: then it is only slower.
+pub(super) fn populate(start: u64, len: u64) {
+    // SAFETY: changes no contents.
+    let _ = unsafe { rustix::mm::madvise(start as *mut _, len as usize, Advice::LinuxPopulateWrite) };
+}
+
 /// madvise as the program gave it, on memory that has not moved.
 pub(super) fn advise(start: u64, len: u64, advice: i32) -> Result<(), Errno> {
     // SAFETY: the program asked for exactly this (the contract of `madvise_moved`).
@@ -290,6 +296,12 @@ pub(super) fn last_errno() -> Errno {
 pub(super) fn borrow(fd: std::os::fd::RawFd) -> BorrowedFd<'static> {
     // SAFETY: the registry names a file until its owner takes it out, which is before it is closed.
     unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+/// As on a kernel without the query.
+#[cfg(test)]
+pub(super) fn forget_query() {
+    HAS_QUERY.store(false, Ordering::Relaxed);
 }
 
 #[cfg(test)]
@@ -309,7 +321,7 @@ mod tests {
     fn query_and_text_agree() {
         let maps = Maps::open().unwrap();
         let here = anonymous(5 * 4096).unwrap();
-        let a = collect(|f| maps.over(here, here + 4096, f).unwrap());
+        let a: Vec<Vma> = maps.query(here).into_iter().collect();
         let b = collect(|f| maps.over_text(here, here + 4096, &mut |v| f(v)).unwrap());
         assert_eq!(a.len(), 1);
         assert!(a[0].is_plain());
