@@ -1,1 +1,20 @@
-//! Conformance suite and third-party clients as judges.
+//! The suites that judge FreeFlow from outside.
+//!
+//! `verbs/` holds small C programs that use nothing but the public verbs API; `programs` compiles them, a `Path` starts
+//! their two sides, `report` reads what they print, and `suite` runs every program over every path. A new path is a new
+//! implementation of `Path`; programs never know which one they run on. `layers` reads the sources and holds the
+//! architecture's arrows.
+
+pub mod launch;
+pub mod layers;
+pub mod path;
+pub mod programs;
+pub mod report;
+pub mod suite;
+
+use std::path::Path;
+
+/// The repository's root.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"))
+}

@@ -191,3 +191,16 @@ bool oob_peer_gave_up(void)
 
 	return conn >= 0 && recv(conn, &h, sizeof(h), MSG_PEEK | MSG_DONTWAIT) == (ssize_t)sizeof(h) && h.kind == END && h.verdict != PASSED;
 }
+
+/* A leaves last, so that whoever ends everything once A has ended (freeflow lab does) cuts nothing off at B. */
+void oob_goodbye(void)
+{
+	char byte;
+
+	if (conn < 0)
+		return;
+	fflush(stdout);
+	if (is_a && recv(conn, &byte, 1, 0) != 0)
+		broken("goodbye");
+	close(conn);
+}

@@ -1,0 +1,200 @@
+//! Paths: how the two sides of a program are started so that they meet. Knows the command lines of `freeflow`, and
+//! nothing of what the programs do.
+
+use std::ffi::OsStr;
+use std::io::{self, Read};
+use std::path::{Path as FsPath, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+use std::{env, fs, process};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::launch::{Ended, Group};
+
+/// No program takes this long on any path; its own watchdog speaks before.
+const LIMIT: Duration = Duration::from_secs(170);
+
+/// A way for two sides to meet. The suite is the same over all of them.
+pub trait Path {
+    fn name(&self) -> &str;
+    /// Processes of a program that one run starts.
+    fn sides(&self) -> usize;
+    /// Whether the device is FreeFlow's, which has no excuse for a skip.
+    fn strict(&self) -> bool {
+        true
+    }
+    /// Runs `program` with `args` to its end.
+    fn run(&self, program: &FsPath, args: &[String]) -> io::Result<Ended>;
+}
+
+/// A command that starts a program on the machine at hand, before its own arguments.
+type Wrap<'a> = dyn Fn(&FsPath) -> Command + 'a;
+
+fn one_process(wrap: &Wrap<'_>, program: &FsPath, args: &[String]) -> io::Result<Ended> {
+    let mut group = Group::new(LIMIT);
+    group.start(wrap(program).arg("--self").args(args))?;
+    Ok(group.finish())
+}
+
+fn two_processes(wrap: &Wrap<'_>, program: &FsPath, args: &[String]) -> io::Result<Ended> {
+    let mut group = Group::new(LIMIT);
+    group.start(wrap(program).args(["--server", "0"]).args(args))?;
+    let port = group.wait_for(|line| line.text.strip_prefix("# listening on ").map(str::to_owned));
+    if let Some(port) = port {
+        group.start(wrap(program).args(["--client", &format!("127.0.0.1:{port}")]).args(args))?;
+    }
+    Ok(group.finish())
+}
+
+/// `freeflow run`, on a router of its own: both sides in one process, or in two of the same container.
+#[derive(Debug)]
+pub struct Run<'h> {
+    pub host: &'h Host,
+    pub processes: usize,
+}
+
+impl Path for Run<'_> {
+    fn name(&self) -> &str {
+        if self.processes == 1 { "direct_self" } else { "direct_processes" }
+    }
+
+    fn sides(&self) -> usize {
+        self.processes
+    }
+
+    fn run(&self, program: &FsPath, args: &[String]) -> io::Result<Ended> {
+        let wrap = |program: &FsPath| self.host.run(program);
+        let own = ["--dev".to_owned(), "ff0".to_owned()];
+        let args = [&own, args].concat();
+        if self.processes == 1 {
+            one_process(&wrap, program, &args)
+        } else {
+            two_processes(&wrap, program, &args)
+        }
+    }
+}
+
+/// `freeflow lab`: each side in a container of its own, unprivileged, on one host.
+#[derive(Debug)]
+pub struct Containers<'t> {
+    pub tree: &'t Tree,
+}
+
+impl Path for Containers<'_> {
+    fn name(&self) -> &str {
+        "direct_containers"
+    }
+
+    fn sides(&self) -> usize {
+        2
+    }
+
+    fn run(&self, program: &FsPath, args: &[String]) -> io::Result<Ended> {
+        let quoted: String = args.iter().map(|arg| format!(" '{arg}'")).collect();
+        let side =
+            |name: &str, role: &str| format!("{name}='{}' {role} --dev ff0{quoted}", program.display());
+        let mut group = Group::new(LIMIT);
+        let mut lab = Command::new(self.tree.freeflow());
+        lab.args(["lab", "--run", &side("c1", "--server 7471"), "--run", &side("c2", "--client @c1:7471")]);
+        group.start(&mut lab)?;
+        Ok(group.finish())
+    }
+}
+
+/// The libibverbs and device of this machine: a kernel's soft-RoCE or hardware, against which the suite itself is checked.
+#[derive(Debug)]
+pub struct Native {
+    pub processes: usize,
+}
+
+impl Path for Native {
+    fn name(&self) -> &str {
+        if self.processes == 1 { "native_self" } else { "native_processes" }
+    }
+
+    fn sides(&self) -> usize {
+        self.processes
+    }
+
+    fn strict(&self) -> bool {
+        false
+    }
+
+    fn run(&self, program: &FsPath, args: &[String]) -> io::Result<Ended> {
+        let wrap = |program: &FsPath| Command::new(program);
+        if self.processes == 1 {
+            one_process(&wrap, program, args)
+        } else {
+            two_processes(&wrap, program, args)
+        }
+    }
+}
+
+/// The tree that users get.
+#[derive(Debug, Clone)]
+pub struct Tree(PathBuf);
+
+impl Tree {
+    /// `FF_TEST_DIST`, else `dist` in cargo's target directory.
+    pub fn find(target: &FsPath) -> Result<Self, String> {
+        let tree = Self(env::var_os("FF_TEST_DIST").map_or_else(|| target.join("dist"), PathBuf::from));
+        if tree.freeflow().is_file() {
+            return Ok(tree);
+        }
+        Err(format!("{} is not there: cargo xtask dist makes it", tree.freeflow().display()))
+    }
+
+    pub fn freeflow(&self) -> PathBuf {
+        self.0.join("bin/freeflow")
+    }
+}
+
+/// A router of this test's own, and its directory; both go with it.
+#[derive(Debug)]
+pub struct Host {
+    tree: Tree,
+    dir: PathBuf,
+    router: Child,
+}
+
+impl Host {
+    /// Starts the router and waits until it serves.
+    pub fn start(tree: &Tree) -> io::Result<Self> {
+        let dir = env::temp_dir().join(format!("freeflow-conformance-{}", process::id()));
+        fs::create_dir(&dir)?;
+        let log = fs::File::create(dir.join("router.log"))?;
+        let mut command = Command::new(tree.freeflow());
+        command.args([OsStr::new("router"), OsStr::new("--socket"), dir.join("router.sock").as_os_str()]);
+        command.arg("--ready-on-stdout").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        let router = command.spawn().inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
+        let mut host = Self { tree: tree.clone(), dir, router };
+        let mut ready = [0];
+        let stdout = host.router.stdout.take();
+        if stdout.is_none_or(|mut pipe| pipe.read_exact(&mut ready).is_err()) {
+            return Err(io::Error::other(format!("the router did not start:\n{}", host.log())));
+        }
+        Ok(host)
+    }
+
+    /// What the router logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("router.log")).unwrap_or_default()
+    }
+
+    fn run(&self, program: &FsPath) -> Command {
+        let mut command = Command::new(self.tree.freeflow());
+        command.arg("run").arg("--router").arg(self.dir.join("router.sock")).arg("--").arg(program);
+        command
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(pid) = i32::try_from(self.router.id()).ok().and_then(Pid::from_raw) {
+            let _ended_already = kill_process(pid, Signal::TERM);
+        }
+        let _reaped = self.router.wait();
+        let _left = fs::remove_dir_all(&self.dir);
+    }
+}
