@@ -18,17 +18,31 @@ use super::{paths, vars};
 /// How much of the log a failed start quotes.
 const QUOTED_LOG: u64 = 2000;
 
-/// Starts `freeflow router` on `socket` and waits until it serves. `log` becomes its standard error.
-pub fn spawn(socket: &Path, config: Option<&Path>, log: Stdio, setup: ChildSetup) -> Result<Child> {
+/// A router to start.
+pub struct Start<'a> {
+    pub socket: &'a Path,
+    pub config: Option<&'a Path>,
+    /// Becomes its standard error.
+    pub log: Stdio,
+    /// What it logs unless FREEFLOW_LOG says otherwise.
+    pub level: &'static str,
+    pub setup: ChildSetup,
+}
+
+/// Starts `freeflow router` and waits until it serves.
+pub fn spawn(start: Start) -> Result<Child> {
     let binary = std::env::current_exe().context("cannot tell where this program is")?;
     let mut command = Command::new(binary);
     vars::forget_unknown(&mut command);
-    command.args(["router", "--ready-on-stdout", "--socket"]).arg(socket);
-    if let Some(config) = config {
+    command.args(["router", "--ready-on-stdout", "--socket"]).arg(start.socket);
+    if let Some(config) = start.config {
         command.arg("--config").arg(config);
     }
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
-    let mut child = setup.apply(&mut command).spawn().context("cannot start the router")?;
+    if std::env::var_os(vars::LOG).is_none() {
+        command.env(vars::LOG, start.level);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(start.log);
+    let mut child = start.setup.apply(&mut command).spawn().context("cannot start the router")?;
     match await_ready(&mut child) {
         Ok(()) => Ok(child),
         Err(failure) => {
@@ -68,7 +82,7 @@ pub fn detach(socket: &Path, config: Option<&Path>) -> Result<ExitCode> {
     let before = log.seek(SeekFrom::End(0)).context("cannot use the router's log")?;
     let stderr = log.try_clone().context("cannot use the router's log")?;
     let setup = ChildSetup { on_parent_death: None, new_session: true, ..ChildSetup::default() };
-    spawn(socket, config, stderr.into(), setup).map_err(|failure| {
+    spawn(Start { socket, config, log: stderr.into(), level: "info", setup }).map_err(|failure| {
         let said = said_since(&mut log, before);
         Failure::new(format!("{failure} (log: {}){said}", log_path.display()))
     })?;

@@ -19,7 +19,7 @@ use super::sequence::{self, Event, Watched};
 use super::spec::{ContainerSpec, HostSpec, Spec};
 use super::userns::ContainerIds;
 use super::{network, runc, state};
-use crate::cli::daemonise;
+use crate::cli::daemonise::{self, Start};
 use crate::cli::failure::{Context as _, Failure, Result};
 use crate::cli::sys::ChildSetup;
 
@@ -139,5 +139,6 @@ impl Drop for Host {
 fn start_router(socket: &Path, output: &Output) -> Result<Child> {
     let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
     output.follow_to_the_end("router", Stream::Err, reader);
-    daemonise::spawn(socket, None, writer.into(), ChildSetup::default())
+    let setup = ChildSetup::default();
+    daemonise::spawn(Start { socket, config: None, log: writer.into(), level: "warn", setup })
 }
