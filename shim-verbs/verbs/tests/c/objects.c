@@ -26,7 +26,8 @@ static void queries(struct ibv_context *context)
 	memset(&ex, 0xff, sizeof ex);
 	CHECK(ibv_query_device_ex(context, NULL, &ex) == 0);
 	CHECK(ex.phys_port_cnt_ex == 1 && ex.max_dm_size == 0 && ex.odp_caps.general_caps == 0);
-	CHECK(!memcmp(&ex.orig_attr, &attr, sizeof attr));
+	CHECK(ex.orig_attr.node_guid == attr.node_guid && ex.orig_attr.max_qp == attr.max_qp);
+	CHECK(ex.orig_attr.max_mr_size == attr.max_mr_size && ex.orig_attr.vendor_id == attr.vendor_id);
 
 	struct ibv_port_attr port;
 	memset(&port, 0xff, sizeof port);

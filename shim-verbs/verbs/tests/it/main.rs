@@ -12,16 +12,25 @@ use std::sync::OnceLock;
 /// would make it, turns link-time optimisation off.
 fn library() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        let exe = std::env::current_exe().expect("a test has a path");
-        let profile = exe.parent().and_then(Path::parent).expect("TARGET/PROFILE/deps/TEST");
-        let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--package", env!("CARGO_PKG_NAME"), "--target-dir"]);
-        cargo.arg(profile.parent().expect("TARGET/PROFILE")).current_dir(env!("CARGO_MANIFEST_DIR"));
-        if profile.ends_with("release") {
-            cargo.arg("--release");
-        }
-        assert!(cargo.status().expect("cargo starts").success(), "the library does not build");
-        profile.join("libff_ibverbs.so")
-    })
+    PATH.get_or_init(|| build(env!("CARGO_PKG_NAME")).join("libff_ibverbs.so"))
+}
+
+/// The router's program, built now.
+fn router() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| build("freeflow-router").join("freeflow"))
+}
+
+/// Builds a package with this test's profile; returns the directory of what was made.
+fn build(package: &str) -> PathBuf {
+    let exe = std::env::current_exe().expect("a test has a path");
+    let profile = exe.parent().and_then(Path::parent).expect("TARGET/PROFILE/deps/TEST");
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["build", "--quiet", "--package", package, "--target-dir"]);
+    cargo.arg(profile.parent().expect("TARGET/PROFILE")).current_dir(env!("CARGO_MANIFEST_DIR"));
+    if profile.ends_with("release") {
+        cargo.arg("--release");
+    }
+    assert!(cargo.status().expect("cargo starts").success(), "{package} does not build");
+    profile.to_owned()
 }

@@ -1,7 +1,8 @@
 //! C programs and Debian's own tools on the built library, with and without a router.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 
 fn tmp() -> &'static Path {
@@ -70,5 +71,95 @@ fn without_a_router_debians_tools_see_no_device() {
         let text = String::from_utf8_lossy(&out.stdout) + String::from_utf8_lossy(&out.stderr);
         assert!(text.contains(says) && !text.contains("ff0"), "{tool}: {text}");
         assert_eq!(out.status.code(), Some(status), "{tool}: {text}");
+    }
+}
+
+/// A router of this test's own; stopped when dropped.
+struct Router {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Router {
+    fn start(name: &str) -> Self {
+        let dir = tmp().join(format!("{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).expect("a directory");
+        let mut command = Command::new(super::router());
+        command.arg("router").arg("--socket").arg(dir.join("router.sock"));
+        command.env("FREEFLOW_LOG", "info").stderr(Stdio::piped());
+        let mut child = command.spawn().expect("freeflow starts");
+        let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+        // Ends with an error if the router does: its stderr closes.
+        let up = lines.any(|line| line.is_ok_and(|line| line.contains("listens on")));
+        std::thread::spawn(move || lines.for_each(drop));
+        let router = Self { child, dir };
+        assert!(up, "the router did not come up");
+        router
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("router.sock")
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        let pid = libc::pid_t::try_from(self.child.id()).expect("a pid");
+        // SAFETY: our own child, not waited for yet.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        let ended = self.child.wait();
+        if !std::thread::panicking() {
+            assert!(ended.expect("it can be waited for").success(), "the router did not end well");
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn run_with_router(name: &str) {
+    let Some(program) = compile(name) else { return };
+    let router = Router::start(name);
+    assert_ok(name, &run(&program, &[], &router.socket()));
+}
+
+#[test]
+fn objects_are_those_of_libibverbs() {
+    run_with_router("objects");
+}
+
+#[test]
+fn events_are_delivered_and_acknowledged() {
+    run_with_router("events");
+}
+
+#[test]
+fn extended_posting_and_polling() {
+    run_with_router("extended");
+}
+
+#[test]
+fn atomics_between_small_regions_of_two_contexts() {
+    run_with_router("contexts");
+}
+
+#[test]
+fn a_forked_child_neither_disturbs_nor_hangs() {
+    run_with_router("forked");
+}
+
+#[test]
+fn ibv_devinfo_shows_the_device() {
+    let tool = Path::new("/usr/bin/ibv_devinfo");
+    if !tool.exists() {
+        println!("skipped: ibv_devinfo (Debian package ibverbs-utils) is not installed");
+        return;
+    }
+    let router = Router::start("devinfo");
+    let out = run(tool, &["-v"], &router.socket());
+    assert_ok("ibv_devinfo", &out);
+    let text = String::from_utf8_lossy(&out.stdout);
+    for line in
+        ["hca_id:\tff0", "PORT_ACTIVE (4)", "link_layer:\t\tEthernet", "RoCE v2", "phys_port_cnt:\t\t\t1"]
+    {
+        assert!(text.contains(line), "no {line:?} in\n{text}");
     }
 }
