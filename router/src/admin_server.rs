@@ -14,6 +14,7 @@ use std::time::Duration;
 use crate::admin::{
     Add, Answer, CONTAINER_SOCKET_NAME, DEFAULT_TENANT, Pong, Request, read_line, write_line,
 };
+use crate::identity::credentials;
 use crate::listener::{Listener, Stop};
 use crate::shared::Shared;
 use crate::state::{Container, NewContainer, State};
@@ -203,12 +204,12 @@ fn same(c: &Container, add: &Add, tenant: &str) -> Option<u32> {
 
 /// Only root and the user that runs the router.
 fn authorize(connection: &OwnedFd) -> Result<(), String> {
-    let uid = rustix::net::sockopt::socket_peercred(connection).map_err(|e| e.to_string())?.uid;
-    let own = rustix::process::geteuid();
-    if uid.is_root() || uid == own {
+    let uid = credentials(connection).map_err(|e| e.to_string())?.uid;
+    let own = rustix::process::geteuid().as_raw();
+    if uid == 0 || uid == own {
         return Ok(());
     }
-    Err(format!("user {} is neither root nor the router's user {}", uid.as_raw(), own.as_raw()))
+    Err(format!("user {uid} is neither root nor the router's user {own}"))
 }
 
 /// Makes a directory and those above it that are missing; the last gets `mode`.

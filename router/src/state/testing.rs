@@ -53,7 +53,7 @@ impl World {
                 rpc,
                 event: Arc::new(event),
                 memory: Err(rustix::io::Errno::ACCESS),
-                mr_table: Some(Arc::new(MrTable::new().expect("table"))),
+                mr_table: Some(Arc::new(MrTable::new().expect("table").0)),
                 mrs: Mrs::default(),
                 given: Default::default(),
                 met: Default::default(),
