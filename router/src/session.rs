@@ -203,6 +203,7 @@ fn join(
             memory,
             mr_table,
             mrs: Mrs::default(),
+            cut_off: false,
             given: Default::default(),
             met: Default::default(),
             key_failures: Limiter::new(256, 32),

@@ -14,7 +14,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlag
 use support::*;
 use zerocopy::IntoBytes;
 
-const ROUNDS: u32 = 4000;
+const ROUNDS: u32 = 2000;
 
 /// A replayable source of numbers (xorshift).
 struct Dice(u64);

@@ -53,6 +53,8 @@ pub struct Client {
     /// Of a verbs client.
     pub mr_table: Option<Arc<MrTable>>,
     pub mrs: Mrs,
+    /// It did not take its events: its connection is being ended.
+    pub cut_off: bool,
     /// Descriptors this connection has.
     pub given: HashSet<Given>,
     /// Clients it has descriptors of.

@@ -63,9 +63,6 @@ impl State {
         if owner.client == dead || repaired == 0 {
             return false;
         }
-        tracing::debug!(
-            "gave {repaired} receives of queue pair {qpn} back that dead client {dead} had claimed"
-        );
         let Some((_, cq)) = self.cqs.get(qp.recv_cq) else { return false };
         let header = self.slabs.get(cq.slab).and_then(|(_, slab)| slab.map.get::<CqShared>(cq.off.into()));
         header.is_some_and(|header| header.completed(Some(qp.cq_bit), true) == Ring::Bell)

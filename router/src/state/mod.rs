@@ -60,6 +60,8 @@ pub struct Outbox {
     pub notices: Vec<(u32, Notice)>,
     /// Bells to ring after the lock is gone.
     pub bells: Vec<Arc<OwnedFd>>,
+    /// Lines for the operator; writing them may block, so that is done without the lock, too.
+    pub lines: Vec<String>,
 }
 
 /// Attributes of a container to be.

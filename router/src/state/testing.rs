@@ -55,6 +55,7 @@ impl World {
                 memory: Err(rustix::io::Errno::ACCESS),
                 mr_table: Some(Arc::new(MrTable::new().expect("table").0)),
                 mrs: Mrs::default(),
+                cut_off: false,
                 given: Default::default(),
                 met: Default::default(),
                 key_failures: Limiter::new(1, 1),
