@@ -14,6 +14,7 @@ use std::time::Duration;
 use crate::admin::{
     Add, Answer, CONTAINER_SOCKET_NAME, DEFAULT_TENANT, Pong, Request, read_line, write_line,
 };
+use crate::identity::credentials;
 use crate::listener::{Listener, Stop};
 use crate::shared::Shared;
 use crate::state::{Container, NewContainer, State};
@@ -30,8 +31,8 @@ pub struct Admin {
     containers_dir: PathBuf,
     /// The container that cannot be removed.
     default: u32,
-    /// One change at a time.
-    listeners: Mutex<BTreeMap<u32, Place>>,
+    /// One change at a time; none once the router stops.
+    listeners: Mutex<Option<BTreeMap<u32, Place>>>,
 }
 
 /// Where an added container is reached.
@@ -46,7 +47,7 @@ struct Place {
 impl Admin {
     pub fn new(shared: Arc<Shared>, socket_dir: &Path, default: u32) -> Self {
         let containers_dir = socket_dir.join("containers");
-        Admin { shared, containers_dir, default, listeners: Mutex::default() }
+        Admin { shared, containers_dir, default, listeners: Mutex::new(Some(BTreeMap::new())) }
     }
 
     /// Serves one connection until either side ends it.
@@ -107,7 +108,8 @@ impl Admin {
     }
 
     fn add(&self, add: Add) -> Result<admin::Container, String> {
-        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let listeners = guard.as_mut().ok_or("the router is stopping")?;
         let tenant = add.tenant.clone().unwrap_or_else(|| DEFAULT_TENANT.into());
         let dir = add.dir.clone().unwrap_or_else(|| self.containers_dir.join(&add.name));
         let socket = dir.join(CONTAINER_SOCKET_NAME);
@@ -157,7 +159,8 @@ impl Admin {
     }
 
     fn remove(&self, name: &str) -> Result<(), String> {
-        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let listeners = guard.as_mut().ok_or("the router is stopping")?;
         let id = self.shared.with(|state| state.container_named(name).map(|c| c.id));
         let id = id.ok_or_else(|| format!("no such container: {name}"))?;
         if id == self.default {
@@ -182,8 +185,8 @@ impl Admin {
 
     /// Stops all containers' listeners and removes the directories made for them.
     pub fn close(&self) {
-        let places = std::mem::take(&mut *self.listeners.lock().unwrap_or_else(PoisonError::into_inner));
-        for Place { listener, made } in places.into_values() {
+        let places = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for Place { listener, made } in places.into_iter().flat_map(BTreeMap::into_values) {
             drop(listener);
             made.into_iter().for_each(|dir| _ = std::fs::remove_dir(dir));
         }
@@ -203,12 +206,12 @@ fn same(c: &Container, add: &Add, tenant: &str) -> Option<u32> {
 
 /// Only root and the user that runs the router.
 fn authorize(connection: &OwnedFd) -> Result<(), String> {
-    let uid = rustix::net::sockopt::socket_peercred(connection).map_err(|e| e.to_string())?.uid;
-    let own = rustix::process::geteuid();
-    if uid.is_root() || uid == own {
+    let uid = credentials(connection).map_err(|e| e.to_string())?.uid;
+    let own = rustix::process::geteuid().as_raw();
+    if uid == 0 || uid == own {
         return Ok(());
     }
-    Err(format!("user {} is neither root nor the router's user {}", uid.as_raw(), own.as_raw()))
+    Err(format!("user {uid} is neither root nor the router's user {own}"))
 }
 
 /// Makes a directory and those above it that are missing; the last gets `mode`.

@@ -153,10 +153,8 @@ fn lock(dir: &Path, socket: &Path) -> Result<OwnedFd, Error> {
 
 /// The user's own processes: they reach each other by every address of the host.
 fn add_default(shared: &Shared, socket: &Path) -> Result<u32, Error> {
-    let mut addresses = host::addresses().map_err(system("interface addresses"))?;
+    let addresses = host::addresses().map_err(system("interface addresses"))?;
     let vip = host::vip(&addresses);
-    addresses.push(std::net::Ipv4Addr::LOCALHOST.into());
-    addresses.push(std::net::Ipv6Addr::LOCALHOST.into());
     let new = NewContainer {
         name: DEFAULT_CONTAINER.into(),
         tenant: DEFAULT_TENANT.into(),

@@ -25,13 +25,14 @@ pub struct Peer {
 impl Peer {
     /// Asks the kernel who connected.
     pub fn of(socket: impl AsFd) -> Result<Self, Errno> {
-        let credentials = rustix::net::sockopt::socket_peercred(&socket)?;
-        let (pid, uid) = (credentials.pid, credentials.uid.as_raw());
+        let libc::ucred { pid, uid, .. } = credentials(&socket)?;
+        // 0: it lives in a pid namespace that this one does not see into.
+        let visible = Pid::from_raw(pid).ok_or(Errno::SRCH)?;
         let pidfd = match peer_pidfd(&socket) {
-            Err(Errno::NOPROTOOPT) => open_pidfd(&socket, pid)?,
+            Err(Errno::NOPROTOOPT) => open_pidfd(&socket, visible)?,
             other => other?,
         };
-        Ok(Peer { pid: pid.as_raw_nonzero().get() as u32, uid, pidfd })
+        Ok(Peer { pid: pid as u32, uid, pidfd })
     }
 
     /// Has the process ended?
@@ -60,22 +61,30 @@ fn ready(fd: impl AsFd, flags: PollFlags) -> bool {
     rustix::event::poll(&mut [PollFd::new(&fd, flags)], Some(&now)).is_ok_and(|n| n > 0)
 }
 
+/// Process, user and group that connected. (rustix's reader takes the pid for nonzero, which it need not be.)
+pub fn credentials(socket: impl AsFd) -> Result<libc::ucred, Errno> {
+    let mut found = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    // SAFETY: the option's value is a ucred.
+    unsafe { socket_option(socket, libc::SO_PEERCRED, &mut found) }?;
+    Ok(found)
+}
+
+/// # Safety
+/// The value of `option` is a `T`, and any bytes the kernel writes make a valid one.
+unsafe fn socket_option<T>(socket: impl AsFd, option: libc::c_int, value: &mut T) -> Result<(), Errno> {
+    let fd = socket.as_fd().as_raw_fd();
+    let mut len = size_of::<T>() as libc::socklen_t;
+    let to = std::ptr::from_mut(value).cast();
+    // SAFETY: at most `len` bytes are written, to a live `T`; the length to a live local.
+    let failed = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, option, to, &raw mut len) };
+    let errno = || Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO);
+    if failed == 0 { Ok(()) } else { Err(errno()) }
+}
+
 fn peer_pidfd(socket: impl AsFd) -> Result<OwnedFd, Errno> {
     let mut fd: libc::c_int = -1;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the option writes one int; both pointers are to live locals of the stated sizes.
-    let failed = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PEERPIDFD,
-            (&raw mut fd).cast(),
-            &raw mut len,
-        )
-    };
-    if failed != 0 {
-        return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
-    }
+    // SAFETY: the option's value is an int.
+    unsafe { socket_option(socket, SO_PEERPIDFD, &mut fd) }?;
     // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

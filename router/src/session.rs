@@ -29,6 +29,8 @@ pub enum End {
     Died,
     #[error(transparent)]
     Socket(#[from] SocketError),
+    #[error("the process has ended, or is in a pid namespace that the router does not see into")]
+    Invisible,
     #[error("no identity: {0}")]
     Identity(Errno),
     #[error("hello refused: {0}")]
@@ -130,7 +132,10 @@ fn next(socket: &Socket, peer: &Peer) -> Result<Incoming, End> {
 
 /// The first exchange: who is it, which version, what for.
 fn greet(shared: &Arc<Shared>, container: u32, socket: Arc<Socket>) -> Result<Session, End> {
-    let peer = Peer::of(&*socket).map_err(End::Identity)?;
+    let peer = Peer::of(&*socket).map_err(|errno| match errno {
+        Errno::SRCH => End::Invisible,
+        errno => End::Identity(errno),
+    })?;
     let message = next(&socket, &peer)?;
     if message.header.kind != Hello::KIND {
         return Err(SocketError::Malformed("the first message must be Hello").into());
@@ -169,9 +174,14 @@ fn join(
 ) -> Result<(Owner, Reply), Refusal> {
     check_hello(hello)?;
     let (event, theirs) = Socket::pair().map_err(Refusal::system("event socket"))?;
+    let theirs = theirs.as_fd().try_clone_to_owned();
+    let theirs = theirs.map_err(|_| Refusal::System { what: "event socket", errno: Errno::MFILE })?;
+    let mut fds = vec![Arc::new(theirs)];
     let (mut memory, mut mr_table) = (Err(Errno::PERM), None);
     if hello.purpose == purpose::VERBS {
-        mr_table = Some(Arc::new(MrTable::new().map_err(Refusal::system("table of memory regions"))?));
+        let (table, writable) = MrTable::new().map_err(Refusal::system("table of memory regions"))?;
+        mr_table = Some(Arc::new(table));
+        fds.push(Arc::new(writable));
         memory = peer.open_memory().map(Arc::new);
     }
     if let (purpose::VERBS, Err(errno)) = (hello.purpose, &memory) {
@@ -180,10 +190,6 @@ fn join(
             format!("the memory of process {pid} cannot be opened ({errno}): only the direct path will work for it")
         });
     }
-    let theirs = theirs.as_fd().try_clone_to_owned();
-    let theirs = theirs.map_err(|_| Refusal::System { what: "event socket", errno: Errno::MFILE })?;
-    let mut fds = vec![Arc::new(theirs)];
-    fds.extend(mr_table.iter().map(|table| table.writable.clone()));
     let (owner, vip) = shared.with(|state| {
         let id = state.new_client_id()?;
         let home = state.containers.get(&container).filter(|c| !c.leaving);
@@ -197,6 +203,7 @@ fn join(
             memory,
             mr_table,
             mrs: Mrs::default(),
+            cut_off: false,
             given: Default::default(),
             met: Default::default(),
             key_failures: Limiter::new(256, 32),

@@ -16,7 +16,7 @@ use rustix::fs::OFlags;
 use crate::cm;
 use crate::config::Settings;
 use crate::random::Random;
-use crate::state::{Client, Notice, State};
+use crate::state::{Notice, Outbox, State};
 
 /// What all threads of the daemon share.
 #[derive(Debug)]
@@ -49,9 +49,10 @@ impl Shared {
     pub fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
         let result = work(&mut state);
-        let bells = deliver(&mut state);
+        let outbox = deliver(&mut state);
         drop(state);
-        bells.iter().for_each(|bell| ring_bell(bell));
+        outbox.bells.iter().for_each(|bell| ring_bell(bell));
+        outbox.lines.iter().for_each(|line| tracing::warn!("{line}"));
         result
     }
 
@@ -90,21 +91,21 @@ impl Shared {
     }
 }
 
-/// Sends all notices; returns the bells that are to be rung without the lock.
-fn deliver(state: &mut State) -> Vec<Arc<OwnedFd>> {
+/// Sends all notices; returns what is to be done without the lock.
+fn deliver(state: &mut State) -> Outbox {
     for (to, notice) in std::mem::take(&mut state.outbox.notices) {
-        let Some(client) = state.clients.get(&to) else { continue };
+        let Some(client) = state.clients.get_mut(&to).filter(|c| !c.cut_off) else { continue };
         if let Err(error) = send(&client.event, notice) {
-            give_up(client, &error);
+            // Who does not read its events must not hold anybody up.
+            client.cut_off = true;
+            client.hang_up();
+            state
+                .outbox
+                .lines
+                .push(format!("process {} takes no events and is cut off: {error}", client.pid));
         }
     }
-    std::mem::take(&mut state.outbox.bells)
-}
-
-/// A client that does not read its events must not hold anybody up.
-fn give_up(client: &Client, error: &SocketError) {
-    tracing::debug!("client {} (pid {}) takes no events: {error}", client.id, client.pid);
-    client.hang_up();
+    std::mem::take(&mut state.outbox)
 }
 
 fn send(socket: &Socket, notice: Notice) -> Result<(), SocketError> {

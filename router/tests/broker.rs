@@ -273,31 +273,93 @@ fn peers_hear_of_leaving_and_of_death() {
     assert_eq!(a.resolve(qa, qb, a.gid()).0.state, peer_state::ABSENT);
 }
 
-/// Connects in a child process that passes the connection back and ends: the socket lives on, its process does not.
-fn connection_of_a_dead_process(path: &std::path::Path) -> Socket {
-    let (ours, theirs) = Socket::pair().expect("socketpair");
-    // SAFETY: the child makes system calls only (connect and send allocate nothing), and leaves by _exit.
-    let pid = unsafe { libc::fork() };
-    if pid == 0 {
-        let sent = Socket::connect(path)
-            .is_ok_and(|socket| theirs.send(0, 0, &[], &[socket.as_fd()], SendFlags::empty()).is_ok());
-        // SAFETY: ends the child without running the parent's destructors.
-        unsafe { libc::_exit(i32::from(!sent)) };
+/// A connection that a child process made and gave to us. The socket outlives the process that is its identity.
+struct Elsewhere {
+    connection: Option<Socket>,
+    /// Closing it ends the child.
+    leash: Option<Socket>,
+    pid: i32,
+}
+
+impl Elsewhere {
+    fn new(path: &std::path::Path) -> Self {
+        let (ours, theirs) = Socket::pair().expect("socketpair");
+        // SAFETY: the child makes system calls only (nothing it calls allocates), and leaves by _exit.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            drop(ours); // its copy would keep the child waiting for itself
+            let sent = Socket::connect(path)
+                .is_ok_and(|socket| theirs.send(0, 0, &[], &[socket.as_fd()], SendFlags::empty()).is_ok());
+            let _ = rustix::io::read(theirs.as_fd(), &mut [0u8; 1]);
+            // SAFETY: ends the child without running the parent's destructors.
+            unsafe { libc::_exit(i32::from(!sent)) };
+        }
+        assert!(pid > 0, "fork");
+        let message = ours.recv(RecvFlags::empty()).expect("the child's connection");
+        let connection = message.fds.into_iter().next().map(Socket::new);
+        Elsewhere { connection, leash: Some(ours), pid }
     }
-    assert!(pid > 0, "fork");
-    drop(theirs);
-    let message = ours.recv(RecvFlags::empty()).expect("the child's connection");
-    let mut status = 0;
-    // SAFETY: waits for our own child; the status goes to a live local.
-    let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
-    assert_eq!((waited, status), (pid, 0));
-    Socket::new(message.fds.into_iter().next().expect("a descriptor"))
+
+    fn end(&mut self) {
+        if let Some(leash) = self.leash.take() {
+            // Shut down, not only closed: a sibling forked meanwhile may hold it, too.
+            rustix::net::shutdown(&leash, rustix::net::Shutdown::Both).expect("shutdown");
+        }
+        let mut status = 0;
+        // SAFETY: waits for our own child; the status goes to a live local.
+        let waited = unsafe { libc::waitpid(self.pid, &raw mut status, 0) };
+        assert_eq!((waited, status), (self.pid, 0));
+    }
 }
 
 #[test]
 fn a_process_that_died_is_gone_though_its_socket_lives() {
     let rig = Rig::new();
-    assert_closed(&connection_of_a_dead_process(&rig.socket()));
+    let mut silent = Elsewhere::new(&rig.socket());
+    silent.end();
+    assert_closed(&silent.connection.take().expect("connection"));
+
+    let a = rig.client();
+    let mut child = Elsewhere::new(&rig.socket());
+    let b = Client::over(child.connection.take().expect("connection"));
+    let (qa, qb) = (a.qp(QpType::Rc), b.qp(QpType::Rc));
+    a.connect(qa, qb, b.gid());
+    b.connect(qb, qa, a.gid());
+    a.event::<PeerReady>();
+    a.resolve(qa, qb, b.gid());
+    child.end();
+    assert_eq!(a.event::<PeerGone>().qpn, qa.qpn);
+    assert_eq!(a.event::<ClientGone>().client, b.hello.client);
+    assert_closed(&b.socket);
+}
+
+#[test]
+fn copies_reach_the_other_process_and_not_ours() {
+    let (mine, theirs, back) = ([7u8; 64], [1u8; 64], [0u8; 64]);
+    let rig = Rig::new();
+    let a = rig.client();
+    // The child is a fork: at the address of `theirs` it has a copy of its own.
+    let mut child = Elsewhere::new(&rig.socket());
+    let b = Client::over(child.connection.take().expect("connection"));
+    let (qa, qb) = (a.qp(QpType::Rc), b.qp(QpType::Rc));
+    a.connect(qa, qb, b.gid());
+    b.connect(qb, qa, a.gid());
+    let key = b.register(qb.pd, &theirs, Access::REMOTE_WRITE | Access::REMOTE_READ, 0);
+    let request = CopyMem {
+        qpn: qa.qpn,
+        dest_qpn: qb.qpn,
+        dgid: b.gid(),
+        kind: copy_kind::WRITE,
+        key,
+        local: mine.as_ptr() as u64,
+        remote: 0,
+        len: 64,
+    };
+    a.ask(&request);
+    assert_eq!(std::hint::black_box(&theirs), &[1; 64], "this process's bytes are not the child's");
+    a.ask(&CopyMem { kind: copy_kind::READ, local: back.as_ptr() as u64, ..request });
+    assert_eq!(std::hint::black_box(&back), &mine);
+    child.end();
 }
 
 struct Copying {
@@ -393,6 +455,28 @@ fn copies_are_checked() {
     assert_eq!(c.a.refused(&good), Errno::ACCESS);
     c.b.ask(&DestroyQp { qpn: c.qb.qpn });
     assert_eq!(c.a.refused(&good), Errno::NOTCONN);
+}
+
+#[test]
+fn after_deregistration_nothing_lands() {
+    let c = Copying::new();
+    let mine = vec![7u8; 1 << 20];
+    let theirs = vec![0u8; 1 << 20];
+    for _ in 0..20 {
+        let key = c.b.register(c.qb.pd, &theirs, Access::REMOTE_WRITE, 0);
+        let request = c.request(copy_kind::WRITE, key, &mine, 0);
+        c.a.ask(&request);
+        std::thread::scope(|scope| {
+            let copying = scope.spawn(|| while c.a.socket.call(&request, &[]).is_ok() {});
+            c.b.ask(&DeregMr { key, _pad: 0 });
+            // Through the kernel, as the router writes, so that the compiler has no say.
+            let memory = std::fs::File::options().write(true).open("/proc/self/mem").expect("own memory");
+            let zeros = vec![0u8; theirs.len()];
+            std::os::unix::fs::FileExt::write_all_at(&memory, &zeros, theirs.as_ptr() as u64).expect("write");
+            copying.join().expect("refused in the end");
+        });
+        assert!(std::hint::black_box(&theirs).iter().all(|byte| *byte == 0), "a late copy landed");
+    }
 }
 
 #[test]

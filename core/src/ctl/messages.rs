@@ -194,7 +194,9 @@ requests! {
     17 Ring [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, what: u32, } -> Done;
 }
 
-/// [`CopyMem::kind`]: direction, and the right that `key` must grant there.
+/// [`CopyMem::kind`]: direction, and the right that `key` must grant there. Refusals: EACCES (key, right, PD or bounds; or
+/// too many such failures in a short time), EFAULT (the caller's range), EREMOTEIO (the peer's range), ENOTCONN (no such
+/// peer), EPERM (the router may not open one of the processes).
 pub mod copy_kind {
     /// local -> remote, REMOTE_WRITE.
     pub const WRITE: u32 = 0;

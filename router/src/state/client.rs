@@ -15,19 +15,19 @@ use crate::limiter::Limiter;
 /// The router-made table of a client's memory regions, as the router sees it.
 #[derive(Debug)]
 pub struct MrTable {
-    pub writable: Arc<OwnedFd>,
     pub read_only: Arc<OwnedFd>,
     pub map: Mapping,
 }
 
 impl MrTable {
-    /// Makes an empty table. It is sparse: 8 MiB of which a program touches what it registers.
-    pub fn new() -> rustix::io::Result<Self> {
+    /// Makes an empty table, and its owner's writable descriptor. It is sparse: 8 MiB of which a program touches what it
+    /// registers.
+    pub fn new() -> rustix::io::Result<(Self, OwnedFd)> {
         let len = freeflow_core::ring::MR_SLOTS * size_of::<freeflow_core::ring::MrEntry>();
         let fd = shm::make_memfd("freeflow-mr", len as u64)?;
         let read_only = shm::reopen_read_only(&fd)?;
         let map = Mapping::new(&read_only, 0, len, false)?;
-        Ok(MrTable { writable: Arc::new(fd), read_only: Arc::new(read_only), map })
+        Ok((MrTable { read_only: Arc::new(read_only), map }, fd))
     }
 }
 
@@ -53,6 +53,8 @@ pub struct Client {
     /// Of a verbs client.
     pub mr_table: Option<Arc<MrTable>>,
     pub mrs: Mrs,
+    /// It did not take its events: its connection is being ended.
+    pub cut_off: bool,
     /// Descriptors this connection has.
     pub given: HashSet<Given>,
     /// Clients it has descriptors of.

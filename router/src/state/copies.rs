@@ -6,6 +6,8 @@ use std::sync::Arc;
 use freeflow_core::verbs::Gid;
 
 use super::{MrTable, Owner, State};
+use rustix::io::Errno;
+
 use crate::refusal::{Refusal, Result};
 
 /// The two ends of a copy.
@@ -28,7 +30,9 @@ impl State {
         let (peer_client, peer_pd) = (them.client, qp.pd);
         let reach = |client: u32| {
             let memory = self.client(client)?.memory.clone();
-            memory.map_err(Refusal::system("the memory of an end was not opened"))
+            let closed =
+                Refusal::System { what: "memory of an end, which was not opened", errno: Errno::PERM };
+            memory.map_err(|_| closed)
         };
         let table = self.client(peer_client)?.mr_table.clone().ok_or(Refusal::NoPeer)?;
         Ok(CopyPlan { local: reach(owner.client)?, remote: reach(peer_client)?, table, peer_client, peer_pd })
@@ -55,6 +59,17 @@ impl State {
 mod tests {
     use super::super::testing::*;
     use super::*;
+
+    #[test]
+    fn an_end_that_could_not_be_opened_is_not_a_wrong_key() {
+        let mut w = World::new();
+        let c = w.container("a", [10, 0, 0, 1], "red");
+        let (me, gid) = (w.owner_of_new_client(c), Gid::of([10, 0, 0, 1].into()));
+        let qpn = w.qp(me, freeflow_core::verbs::QpType::Rc);
+        w.state.connect(me, qpn, qpn, gid).expect("connect");
+        let refused = w.state.plan_copy(me, qpn, qpn, gid).expect_err("clients of this world have no memory");
+        assert_eq!(refused.errno(), Errno::PERM);
+    }
 
     #[test]
     fn a_revoked_region_takes_no_new_copy_and_ends_with_the_last() {

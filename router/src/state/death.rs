@@ -2,7 +2,7 @@
 
 use freeflow_core::ring::{CqShared, Ring};
 
-use super::{Notice, State};
+use super::{Given, Notice, State};
 use crate::quota::Resource;
 
 impl State {
@@ -13,12 +13,29 @@ impl State {
         }
         self.repair_claims(client);
         self.drop_queue_pairs(client);
+        self.tell_acquaintances(client);
         self.drop_objects(client);
         self.clients.remove(&client);
-        let told: Vec<u32> =
-            self.clients.values_mut().filter_map(|c| c.met.remove(&client).then_some(c.id)).collect();
+    }
+
+    /// Who has descriptors of the dead drops them; should an id be used anew, it goes with a new descriptor.
+    fn tell_acquaintances(&mut self, dead: u32) {
+        let (slabs, pds, channels) = (&self.slabs, &self.pds, &self.channels);
+        let is_dead = |owner: Option<u32>| owner == Some(dead);
+        let mut told = vec![];
+        for client in self.clients.values_mut().filter(|c| c.id != dead) {
+            if client.met.remove(&dead) {
+                told.push(client.id);
+                client.given.retain(|given| match *given {
+                    Given::Slab(id) => !is_dead(slabs.get(id).map(|(o, _)| o.client)),
+                    Given::Pd(id) => !is_dead(pds.get(id).map(|(o, _)| o.client)),
+                    Given::Channel(id) => !is_dead(channels.get(id).map(|(o, _)| o.client)),
+                    Given::MrTable(client) => client != dead,
+                });
+            }
+        }
         for peer in told {
-            self.tell(peer, Notice::ClientGone { client });
+            self.tell(peer, Notice::ClientGone { client: dead });
         }
     }
 
@@ -46,9 +63,6 @@ impl State {
         if owner.client == dead || repaired == 0 {
             return false;
         }
-        tracing::debug!(
-            "gave {repaired} receives of queue pair {qpn} back that dead client {dead} had claimed"
-        );
         let Some((_, cq)) = self.cqs.get(qp.recv_cq) else { return false };
         let header = self.slabs.get(cq.slab).and_then(|(_, slab)| slab.map.get::<CqShared>(cq.off.into()));
         header.is_some_and(|header| header.completed(Some(qp.cq_bit), true) == Ring::Bell)
@@ -124,6 +138,7 @@ mod tests {
             Notice::PeerLeft { qpn: ub },
         ];
         assert_eq!(told, expected.map(|n| (b.client, n)));
+        assert!(w.state.clients[&b.client].given.is_empty(), "descriptors of the dead are forgotten");
         let quota = &w.state.containers[&ca].quota;
         use Resource::*;
         for resource in [Qps, Cqs, Channels, Mrs, Pds, Slabs, MrBytes, SlabBytes] {

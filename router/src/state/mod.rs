@@ -60,6 +60,8 @@ pub struct Outbox {
     pub notices: Vec<(u32, Notice)>,
     /// Bells to ring after the lock is gone.
     pub bells: Vec<Arc<OwnedFd>>,
+    /// Lines for the operator; writing them may block, so that is done without the lock, too.
+    pub lines: Vec<String>,
 }
 
 /// Attributes of a container to be.
@@ -259,10 +261,11 @@ impl State {
         self.client(client).map(Client::owner)
     }
 
-    /// The container that `gid` means to a process of `container`.
+    /// The container that `gid` means to a process of `container`. Loopback is always the asker's own.
     pub fn container_at(&self, container: u32, gid: Gid) -> Option<u32> {
         let tenant = &self.containers.get(&container)?.tenant;
-        self.directory.find(tenant, gid.ip())
+        let ip = gid.ip();
+        if ip.is_loopback() { Some(container) } else { self.directory.find(tenant, ip) }
     }
 
     fn take(&mut self, container: u32, wants: &[(Resource, u64)]) -> Result<()> {

@@ -51,10 +51,10 @@ impl State {
             && container.refused.insert(ip)
         {
             let (name, tenant) = (&container.name, &container.tenant);
-            tracing::warn!(
+            self.outbox.lines.push(format!(
                 "refused: container {name} of tenant {tenant} asks for {ip}, which only tenant {other} has; \
                  connections across tenants are not supported"
-            );
+            ));
         }
     }
 
@@ -274,7 +274,10 @@ mod tests {
             w.state.connect(b, qb, qa, ga).expect("connect");
             assert_eq!(w.state.resolve(a, qa, qb, gb).expect("resolve").0.state, peer_state::ABSENT);
             assert_eq!(w.notices(), []);
-            assert_eq!(w.state.containers[&a.container].refused.len(), 1);
+            w.state.resolve(a, qa, qb, gb).expect("resolve");
+            let lines = std::mem::take(&mut w.state.outbox.lines);
+            assert!(lines.iter().all(|line| line.contains("tenant")), "{lines:?}");
+            assert_eq!(lines.len(), if kind == QpType::Ud { 1 } else { 2 }, "once per container and address");
         }
     }
 

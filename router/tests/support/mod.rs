@@ -115,7 +115,12 @@ pub const RQ_OFF: u32 = 8192;
 
 impl Client {
     pub fn at(path: &std::path::Path) -> Self {
-        let socket = connect(path);
+        Client::over(connect(path))
+    }
+
+    /// Says hello on a connection.
+    pub fn over(socket: Socket) -> Self {
+        set_socket_timeout(&socket, Timeout::Recv, Some(WATCHDOG)).expect("timeout");
         let (hello, fds) = socket.call(&hello(purpose::VERBS), &[]).expect("hello");
         let mut fds = fds.into_iter();
         let events = Socket::new(fds.next().expect("event socket"));

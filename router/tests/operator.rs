@@ -1,0 +1,130 @@
+//! The operator's side: adding, listing and removing containers, starting and stopping.
+
+mod support;
+
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+
+use freeflow_core::ctl::cm::*;
+use freeflow_core::ctl::*;
+use freeflow_core::verbs::QpType;
+use freeflow_router::admin::{self, Add};
+use freeflow_router::config::Settings;
+use freeflow_router::daemon::Daemon;
+use rustix::net::RecvFlags;
+use support::*;
+
+fn mode(path: &std::path::Path) -> u32 {
+    std::fs::metadata(path).expect("metadata").permissions().mode() & 0o777
+}
+
+#[test]
+fn containers_come_and_go() {
+    let rig = Rig::new();
+    let mut admin = rig.admin();
+    let add = Add { name: "c1".into(), ip: Some([10, 0, 0, 1].into()), ..Add::default() };
+    let c1 = admin.add(add.clone()).expect("add");
+    assert_eq!((c1.tenant.as_str(), c1.vip), ("default", [10, 0, 0, 1].into()));
+    assert_eq!((mode(&c1.socket), mode(c1.socket.parent().expect("directory"))), (0o666, 0o755));
+    assert_eq!((mode(&rig.socket()), mode(&rig.dir.join("admin.sock"))), (0o600, 0o600));
+    assert_eq!(admin.add(add.clone()).expect("the same again"), c1);
+    admin.add(Add { ip: Some([10, 0, 0, 2].into()), ..add.clone() }).expect_err("another address");
+    admin.add(Add { name: "c2".into(), ..add.clone() }).expect_err("address in use");
+    admin.add(Add { name: "../c2".into(), ip: None, ..add.clone() }).expect_err("name");
+    let dir = Some("relative".into());
+    admin.add(Add { name: "c2".into(), ip: None, dir, ..add.clone() }).expect_err("directory");
+    let c2 = admin.add(Add { name: "c2".into(), ..Add::default() }).expect("what failed left nothing behind");
+
+    let client = Client::at(&c1.socket);
+    let qp = client.qp(QpType::Rc);
+    let names = |list: Vec<admin::Container>| list.into_iter().map(|c| c.name).collect::<Vec<_>>();
+    let list = admin.ls().expect("ls");
+    assert_eq!(list[1].pids, [std::process::id()]);
+    assert_eq!(names(list), ["default", "c1", "c2"]);
+    let ps = admin.ps().expect("ps");
+    assert_eq!((ps.version, ps.containers[1].qps[0].qpn), (1, qp.qpn));
+
+    admin.rm("c1").expect("rm");
+    assert!(matches!(client.socket.recv(RecvFlags::empty()), Err(SocketError::Closed)));
+    assert!(!c1.socket.exists() && !c1.socket.parent().expect("directory").exists());
+    assert_eq!(names(admin.ls().expect("ls")), ["default", "c2"]);
+    assert!(admin.rm("c1").expect_err("gone").to_string().contains("c1"));
+    assert!(admin.rm("default").expect_err("stays").to_string().contains("default"));
+    let again = admin.add(add).expect("name and address are free again");
+    Client::at(&again.socket);
+    Client::at(&c2.socket);
+}
+
+#[test]
+fn a_container_can_live_in_a_directory_of_the_operators() {
+    let rig = Rig::new();
+    let dir = rig.dir.join("given");
+    std::fs::create_dir(&dir).expect("directory");
+    let add = Add { name: "c1".into(), dir: Some(dir.clone()), ..Add::default() };
+    let c1 = rig.admin().add(add).expect("add");
+    assert_eq!(c1.socket, dir.join("router.sock"));
+    Client::at(&c1.socket);
+    rig.admin().rm("c1").expect("rm");
+    assert!(!c1.socket.exists());
+    std::fs::remove_dir(&dir).expect("the directory stays, empty");
+}
+
+#[test]
+fn ls_shows_ports_that_rdma_cm_listens_on() {
+    let rig = Rig::new();
+    let c1 = rig.container("c1", [10, 0, 0, 1], "red");
+    let cm = connect(&c1.socket);
+    cm.call(&hello(purpose::CM), &[]).expect("hello");
+    let channel = cm.call(&CmOpenChannel {}, &[]).expect("channel").0.id;
+    let id = cm.call(&CmCreate { channel, space: cm_space::TCP }, &[]).expect("id").0.id;
+    let addr = CmAddr { port: 7471, family: cm_family::V4, ..CmAddr::default() };
+    cm.call(&CmBind { id, flags: 0, addr }, &[]).expect("bind");
+    cm.call(&CmListen { id, backlog: 1 }, &[]).expect("listen");
+    let ports = |name: &str| {
+        let list = rig.admin().ls().expect("ls");
+        list.into_iter().find(|c| c.name == name).expect(name).cm_ports
+    };
+    assert_eq!((ports("c1"), ports("default")), (vec![7471], vec![]));
+}
+
+#[test]
+fn one_router_per_directory_and_a_clean_restart() {
+    let mut rig = Rig::new();
+    let second = Daemon::start(&rig.socket(), Settings::default());
+    assert!(second.expect_err("taken").to_string().contains("already"));
+    let client = rig.client();
+    let boot = client.hello.boot;
+    rig.daemon.take();
+    assert!(matches!(client.socket.recv(RecvFlags::empty()), Err(SocketError::Closed)));
+    assert!(!rig.socket().exists());
+    // What a router that was killed leaves behind gives way.
+    std::os::unix::net::UnixListener::bind(rig.dir.join("admin.sock")).expect("stale socket");
+    rig.daemon = Some(Daemon::start(&rig.socket(), Settings::default()).expect("restart"));
+    assert_ne!(rig.client().hello.boot, boot);
+}
+
+#[test]
+fn sigterm_ends_the_daemon_and_its_files() {
+    let dir = std::env::temp_dir().join(format!("ff-router-{}-sigterm", std::process::id()));
+    let socket = dir.join("router.sock");
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_freeflow"))
+        .args(["router", "--ready-on-stdout", "--socket"])
+        .arg(&socket)
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("freeflow router");
+    let mut ready = [0];
+    daemon.stdout.take().expect("stdout").read_exact(&mut ready).expect("readiness");
+    assert_eq!(mode(&dir), 0o700);
+    let client = Client::at(&socket);
+    let mut admin = admin::Client::connect(&socket).expect("admin");
+    let c1 = admin.add(Add { name: "c1".into(), ..Add::default() }).expect("add");
+    assert_eq!(admin.ping().expect("ping").pid, daemon.id());
+    let pid = rustix::process::Pid::from_child(&daemon);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");
+    assert!(daemon.wait().expect("wait").success());
+    assert!(matches!(client.socket.recv(RecvFlags::empty()), Err(SocketError::Closed)));
+    assert!(!socket.exists() && !c1.socket.exists());
+    std::fs::remove_dir(&dir).expect("nothing was left in it");
+}
