@@ -26,7 +26,7 @@ pub struct Channel {
 }
 
 /// Longest ticket there is room for.
-const TICKET: usize = 64;
+pub const TICKET: usize = 64;
 
 impl Channel {
     /// Opens a channel at the router.
@@ -51,14 +51,15 @@ impl Channel {
     }
 
     /// The descriptor in it, which a program may have replaced (dup2) but owns with the channel.
-    fn fd(&self) -> BorrowedFd<'_> {
+    pub fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: a live channel; the read is by value.
         let fd = unsafe { (*self.public.get()).fd };
         // SAFETY: open as long as the channel is.
         unsafe { BorrowedFd::borrow_raw(fd) }
     }
 
-    /// Takes one ticket; waits for it unless the descriptor is non-blocking.
+    /// Takes one ticket; waits for it unless the descriptor is non-blocking. For channels of our own: programs wait
+    /// in [`crate::event::rdma_get_cm_event`].
     pub fn wait(&self) -> Result<()> {
         let mut ticket = [0u8; TICKET];
         match recv(self.fd(), &mut ticket[..], RecvFlags::empty())?.0 {

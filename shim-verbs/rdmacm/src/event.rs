@@ -8,10 +8,11 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use freeflow_core::ctl::cm::{CmEstablish, CmNext, CmNextEvent, CmReject, cm_event};
 use freeflow_verbs_abi::*;
 
-use crate::channel::{Channel, migrate};
+use crate::channel::{Channel, TICKET, migrate};
 use crate::edge::{self, Errno, Result};
 use crate::id::{Id, Peer, field, set_field};
 use crate::modify;
+use crate::session::Session;
 
 /// Room for any private data, and then some for programs that read what `RDMA_MAX_PRIVATE_DATA` promised.
 const DATA: usize = 256;
@@ -30,13 +31,20 @@ pub fn next(channel: &Channel) -> Result<*mut rdma_cm_event> {
     loop {
         channel.session.alive()?;
         channel.wait()?;
-        if let Some((id, event)) = fetch(channel)? {
-            match pass(id, &event)? {
-                Some(public) => return Ok(hand_out(id, public, &event)),
-                None => id.acknowledge(),
-            }
+        if let Some(event) = take(channel)? {
+            return Ok(event);
         }
     }
+}
+
+/// The event a ticket stood for, if it is still there and the program is to see it.
+fn take(channel: &Channel) -> Result<Option<*mut rdma_cm_event>> {
+    let Some((id, event)) = fetch(channel)? else { return Ok(None) };
+    let public = pass(id, &event);
+    if public.is_none() {
+        id.acknowledge();
+    }
+    Ok(public.map(|public| hand_out(id, public, &event)))
 }
 
 /// Fetches an event and counts it, so that its id stays. `None` if the ticket's event is gone meanwhile.
@@ -55,7 +63,7 @@ fn fetch(channel: &Channel) -> Result<Option<(&'static Id, CmNext)>> {
 }
 
 /// What an event means for its id; `None` if the program does not get to see it.
-fn pass(id: &Id, event: &CmNext) -> Result<Option<rdma_cm_event>> {
+fn pass(id: &Id, event: &CmNext) -> Option<rdma_cm_event> {
     let mut public = plain(id, event);
     match event.kind {
         cm_event::ADDR_RESOLVED => {
@@ -68,7 +76,7 @@ fn pass(id: &Id, event: &CmNext) -> Result<Option<rdma_cm_event>> {
             set_field!(id, route.addr.addr.ibaddr.dgid.raw = event.gid);
         }
         cm_event::ROUTE_RESOLVED => id.set_path(event.gid),
-        cm_event::CONNECT_REQUEST => return Ok(request(id, public, event)),
+        cm_event::CONNECT_REQUEST => return request(id, public, event),
         cm_event::CONNECT_RESPONSE => response(id, &mut public, event),
         cm_event::ESTABLISHED if id.is_datagram() => {
             let peer = Peer { gid: event.gid, params: event.params };
@@ -77,15 +85,15 @@ fn pass(id: &Id, event: &CmNext) -> Result<Option<rdma_cm_event>> {
         }
         cm_event::REJECTED => {
             if id.state().connect_error {
-                return Ok(None);
+                return None;
             }
             // The QP may be in a state that cannot fail any more; the program learns of the rejection anyway.
             let _ = modify::to_error(id);
         }
-        cm_event::DISCONNECTED if id.state().connect_error => return Ok(None),
+        cm_event::DISCONNECTED if id.state().connect_error => return None,
         _ => {}
     }
-    Ok(Some(public))
+    Some(public)
 }
 
 /// The event as it is for most kinds.
@@ -237,20 +245,71 @@ pub fn complete(id: &Id) -> Result<()> {
     }
 }
 
-pub unsafe extern "C" fn rdma_get_cm_event(
+mod cancellable {
+    //! The two places where a thread may be cancelled, declared so that unwinding may pass.
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C-unwind" {
+        pub fn recv(fd: c_int, buf: *mut c_void, len: usize, flags: c_int) -> isize;
+        pub fn pause() -> c_int;
+    }
+}
+
+/// Waits for a ticket as read(2) would: EINTR, EAGAIN and cancellation are the program's. Nothing in this frame needs
+/// dropping, so cancellation may unwind through it. Says whether there is one; else errno is set.
+unsafe fn wait(channel: *mut rdma_event_channel, session: &'static Session) -> bool {
+    // SAFETY: the program's channel.
+    let fd = unsafe { (*channel).fd };
+    let mut ticket = [0u8; TICKET];
+    // SAFETY: the buffer is as long as said.
+    let got = unsafe { cancellable::recv(fd, ticket.as_mut_ptr().cast(), TICKET, 0) };
+    if got != 0 {
+        return got > 0;
+    }
+    // The router's end is closed. Either the router is gone, or another thread has destroyed the channel: then this
+    // one waits on, as a reader of a closed descriptor does, for the end of the process.
+    while !session.has_hung_up() {
+        // SAFETY: waits for a signal.
+        let _ = unsafe { cancellable::pause() };
+    }
+    edge::set_errno(Errno::NODEV);
+    false
+}
+
+pub unsafe extern "C-unwind" fn rdma_get_cm_event(
     channel: *mut rdma_event_channel,
     event: *mut *mut rdma_cm_event,
 ) -> c_int {
-    edge::code(|| {
-        if channel.is_null() || event.is_null() {
-            return Err(Errno::INVAL);
+    if channel.is_null() || event.is_null() {
+        edge::set_errno(Errno::INVAL);
+        return -1;
+    }
+    // SAFETY: the program's channel.
+    let session = unsafe { Channel::from_raw(channel) }.session;
+    loop {
+        // Tickets of an inherited channel are the parent's.
+        if session.is_dead() {
+            edge::set_errno(Errno::NODEV);
+            return -1;
         }
         // SAFETY: the program's channel.
-        let got = next(unsafe { Channel::from_raw(channel) })?;
-        // SAFETY: the caller's pointer to fill in.
-        unsafe { *event = got };
-        Ok(())
-    })
+        if !unsafe { wait(channel, session) } {
+            return -1;
+        }
+        let mut got = std::ptr::null_mut();
+        let code = edge::code(|| {
+            // SAFETY: the program's channel.
+            got = take(unsafe { Channel::from_raw(channel) })?.unwrap_or(std::ptr::null_mut());
+            Ok(())
+        });
+        if code != 0 {
+            return code;
+        }
+        if !got.is_null() {
+            // SAFETY: the caller's pointer to fill in.
+            unsafe { *event = got };
+            return 0;
+        }
+    }
 }
 
 pub unsafe extern "C" fn rdma_ack_cm_event(event: *mut rdma_cm_event) -> c_int {

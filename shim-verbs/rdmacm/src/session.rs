@@ -5,12 +5,14 @@
 //! connection ends with the parent. The child's own first call makes a session of its own.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use freeflow_core::client::socket_candidates;
 use freeflow_core::ctl::{Hello, RawGid, Request, Socket, SocketError, VERSION, purpose};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::device::Device;
 use crate::edge::{Errno, Result};
@@ -107,6 +109,14 @@ impl Session {
     /// Whether this is a parent's session, seen from a forked child.
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Relaxed)
+    }
+
+    /// Whether the router has closed the connection.
+    pub fn has_hung_up(&self) -> bool {
+        // SAFETY: open as long as the session is not dead, and sessions are never freed.
+        let rpc = unsafe { BorrowedFd::borrow_raw(self.fds[0]) };
+        let mut polled = [PollFd::from_borrowed_fd(rpc, PollFlags::empty())];
+        self.is_dead() || poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     pub fn alive(&self) -> Result<()> {
