@@ -69,7 +69,7 @@ impl Channel {
             if let Some(cookie) = self.take_rung() {
                 return Ok(cookie);
             }
-            if self.context.stalled.progress(true).contains(&Stall::More) {
+            if self.context.stalled.progress().contains(&Stall::More) {
                 continue; // a large copy of this process is on its way: finish it here instead of sleeping
             }
             let flags = fcntl_getfl(&self.epoll).map_err(Error::system("fcntl of the channel"))?;

@@ -108,7 +108,7 @@ impl Cq {
     /// ibv_poll_cq(3): fills `out` from the front, returns how many.
     pub fn poll(&self, out: &mut [Wc]) -> usize {
         if self.context.stalled.any() {
-            self.context.stalled.progress(false);
+            self.context.stalled.poll();
         }
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let filled = if inner.mapped { self.poll_dirty(&mut inner, out) } else { self.scan(&mut inner, out) };

@@ -138,12 +138,12 @@ fn run(shared: &Shared, context: &Weak<Context>) {
 
 /// Moves stalled queues on; returns when to look again.
 fn watch(shared: &Shared, context: &Arc<Context>, fresh: bool) -> Option<Duration> {
-    if fresh {
+    if context.stalled.take_polled() || fresh {
         return Some(GRACE);
     }
     let seen = context.stalled.generation();
     let now = Instant::now();
-    let soonest = context.stalled.progress(true).into_iter().filter_map(|wait| match wait {
+    let soonest = context.stalled.progress().into_iter().filter_map(|wait| match wait {
         Stall::None => None,
         Stall::More => Some(Duration::ZERO),
         Stall::Rnr { deadline } | Stall::Absent { deadline } => {

@@ -2,7 +2,7 @@
 //!
 //! Whoever polls moves them on; the helper thread does it for programs that sleep.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
@@ -26,6 +26,8 @@ pub enum Stall {
 pub struct Stalled {
     count: AtomicUsize,
     generation: AtomicUsize,
+    /// The program polled since the helper last looked.
+    polled: AtomicBool,
     list: Mutex<Vec<Weak<Qp>>>,
 }
 
@@ -48,14 +50,32 @@ impl Stalled {
         self.generation.load(Ordering::SeqCst)
     }
 
-    /// Moves every stalled queue on. Queues that still wait stay listed. Returns what each waits for. The helper, which
-    /// sleeps afterwards, asks the peers to be told (`sleeping`).
-    pub fn progress(&self, sleeping: bool) -> Vec<Stall> {
+    /// The program polls: it moves its queues on itself. Skips queues that somebody else is busy with.
+    pub fn poll(&self) {
+        self.polled.store(true, Ordering::Relaxed);
+        self.round(|qp| qp.try_progress());
+    }
+
+    /// Helper: has the program polled since the last call? Then it needs no help.
+    pub fn take_polled(&self) -> bool {
+        self.polled.load(Ordering::Relaxed) && self.polled.swap(false, Ordering::Relaxed)
+    }
+
+    /// Moves every stalled queue on, for a thread that sleeps afterwards: the peers are asked to tell. Queues that still
+    /// wait stay listed. Returns what each waits for.
+    pub fn progress(&self) -> Vec<Stall> {
+        self.round(|qp| qp.progress(true))
+    }
+
+    fn round(&self, step: impl Fn(&Arc<Qp>) -> Stall) -> Vec<Stall> {
         let qps: Vec<Arc<Qp>> = {
             let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
             list.iter().filter_map(Weak::upgrade).collect()
         };
-        let waits: Vec<Stall> = qps.iter().map(|qp| qp.progress(sleeping)).collect();
+        let waits: Vec<Stall> = qps.iter().map(step).collect();
+        if waits.iter().all(|wait| *wait != Stall::None) {
+            return waits;
+        }
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         list.retain(|qp| qp.upgrade().is_some_and(|qp| !qp.unlist_if_idle()));
         self.count.store(list.len(), Ordering::Relaxed);

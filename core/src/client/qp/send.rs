@@ -182,6 +182,15 @@ impl Qp {
         stall
     }
 
+    /// The same, unless another thread is at it.
+    pub(crate) fn try_progress(self: &Arc<Self>) -> Stall {
+        let Ok(mut side) = self.send.try_lock() else { return Stall::More };
+        self.run_queue(&mut side, false);
+        let stall = side.stall;
+        self.unlock_and_list(side);
+        stall
+    }
+
     fn run_queue(self: &Arc<Self>, side: &mut SendSide, sleeping: bool) {
         loop {
             let SendSide { queue, route, progress, .. } = side;
