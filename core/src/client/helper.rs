@@ -93,7 +93,8 @@ impl Helper {
     }
 }
 
-/// Blocks all signals in this thread until dropped; threads made meanwhile inherit the mask.
+/// Blocks all signals in this thread until dropped; threads made meanwhile inherit the mask. Faults stay open: a thread
+/// that blocks them dies of touching memory that is being moved, so `mem` moves nothing while there is one.
 struct SignalMask(libc::sigset_t);
 
 impl SignalMask {
@@ -103,6 +104,10 @@ impl SignalMask {
         let mut old = all;
         // SAFETY: a valid sigset_t.
         unsafe { libc::sigfillset(&mut all) };
+        for fault in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
+            // SAFETY: a valid sigset_t and signal number.
+            unsafe { libc::sigdelset(&mut all, fault) };
+        }
         // SAFETY: valid sets; changes only this thread's mask.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old) };
         SignalMask(old)
