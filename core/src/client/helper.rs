@@ -53,17 +53,23 @@ impl Helper {
     /// Starts the thread, with all signals blocked: they are the program's.
     pub fn start(&self, context: Weak<Context>) -> Result<()> {
         let shared = Arc::clone(&self.shared);
+        let (running, started) = std::sync::mpsc::channel();
         let masked = SignalMask::block_all();
         let thread = std::thread::Builder::new()
             .name("freeflow".into())
             .stack_size(256 * 1024)
-            .spawn(move || run(&shared, &context));
+            .spawn(move || {
+                // Its creator waits: a thread that does not run yet blocks all signals, and mem moves nothing.
+                let _ = running.send(());
+                run(&shared, &context);
+            });
         drop(masked);
         let thread = thread.map_err(|e| Error::System {
             what: "start of the helper thread",
             errno: rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::AGAIN),
         })?;
         *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        let _ = started.recv();
         Ok(())
     }
 
