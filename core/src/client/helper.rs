@@ -53,17 +53,23 @@ impl Helper {
     /// Starts the thread, with all signals blocked: they are the program's.
     pub fn start(&self, context: Weak<Context>) -> Result<()> {
         let shared = Arc::clone(&self.shared);
+        let (running, started) = std::sync::mpsc::channel();
         let masked = SignalMask::block_all();
         let thread = std::thread::Builder::new()
             .name("freeflow".into())
             .stack_size(256 * 1024)
-            .spawn(move || run(&shared, &context));
+            .spawn(move || {
+                // Its creator waits: a thread that does not run yet blocks all signals, and mem moves nothing.
+                let _ = running.send(());
+                run(&shared, &context);
+            });
         drop(masked);
         let thread = thread.map_err(|e| Error::System {
             what: "start of the helper thread",
             errno: rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::AGAIN),
         })?;
         *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        let _ = started.recv();
         Ok(())
     }
 
@@ -93,7 +99,8 @@ impl Helper {
     }
 }
 
-/// Blocks all signals in this thread until dropped; threads made meanwhile inherit the mask.
+/// Blocks all signals in this thread until dropped; threads made meanwhile inherit the mask. Faults stay open: a thread
+/// that blocks them dies of touching memory that is being moved, so `mem` moves nothing while there is one.
 struct SignalMask(libc::sigset_t);
 
 impl SignalMask {
@@ -103,6 +110,10 @@ impl SignalMask {
         let mut old = all;
         // SAFETY: a valid sigset_t.
         unsafe { libc::sigfillset(&mut all) };
+        for fault in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
+            // SAFETY: a valid sigset_t and signal number.
+            unsafe { libc::sigdelset(&mut all, fault) };
+        }
         // SAFETY: valid sets; changes only this thread's mask.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old) };
         SignalMask(old)

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use crate::ctl::{CopyMem, Ring, ring};
 use crate::exec::{FarCopy, PeerMemory, Reach};
 use crate::ring::MrEntry;
-use crate::shm::{Mapping, SharedBytes};
+use crate::shm::{Mapping, PAGE, SharedBytes};
 use crate::verbs::Gid;
 
 use super::conn::Conn;
@@ -19,8 +19,8 @@ struct Recent {
     key: u32,
     from: u64,
     to: u64,
-    /// None: the peer is this very process, its addresses are ours.
-    map: Option<Arc<Mapping>>,
+    /// The mapping, and the peer's address of its first byte. None: the peer is this very process, its addresses are ours.
+    map: Option<(Arc<Mapping>, u64)>,
 }
 
 /// A resolved peer and what this side remembers of its memory.
@@ -83,7 +83,8 @@ impl Bound<'_> {
         // A window that cannot be mapped (no address space, nonsense in the table) is left to the router's judgement.
         let Ok(map) = self.peer.memory.window(extent) else { return Some(Reach::Far(len)) };
         let to = extent.va.checked_add(extent.len)?;
-        *self.recent = Some(Recent { key, from: extent.va, to, map: Some(map) });
+        let origin = extent.va - extent.va % PAGE;
+        *self.recent = Some(Recent { key, from: extent.va, to, map: Some((map, origin)) });
         self.hit(key, va, len)
     }
 
@@ -92,8 +93,8 @@ impl Bound<'_> {
         let len = len.min(recent.to - va) as usize;
         let ptr = match &recent.map {
             None => va as *mut u8,
-            // The window is at least to - from long.
-            Some(map) => map.base().wrapping_add((va - recent.from) as usize),
+            // The window goes from origin, which is in front of `from`, at least to `to`.
+            Some((map, origin)) => map.base().wrapping_add((va - origin) as usize),
         };
         // SAFETY: inside a mapping that `recent` keeps alive while the request runs; or registered memory of this
         // process, whose owner promised to keep it until deregistration.

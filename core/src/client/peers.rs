@@ -41,23 +41,32 @@ pub struct PdMemoryView {
 }
 
 impl PdMemoryView {
-    /// Maps an extent, or finds it mapped.
+    /// Maps the pages an extent is in, or finds them mapped. The mapping begins at the start of the first page.
     pub fn window(&self, extent: &Extent) -> std::result::Result<Arc<Mapping>, Errno> {
-        let aligned = [extent.va, extent.len, extent.offset].iter().all(|n| n.is_multiple_of(PAGE));
-        let len = usize::try_from(extent.len).ok().filter(|len| aligned && *len > 0).ok_or(Errno::INVAL)?;
+        let (offset, len) = whole_pages(extent).ok_or(Errno::INVAL)?;
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = windows.get(&extent.offset).filter(|map| map.len() >= len) {
+        if let Some(found) = windows.get(&offset).filter(|map| map.len() >= len) {
             return Ok(Arc::clone(found));
         }
         if windows.len() >= MAX_WINDOWS {
             windows.retain(|_, map| Arc::strong_count(map) > 1);
         }
-        let map = Mapping::new(&self.fd, extent.offset, len, true)?;
+        let map = Mapping::new(&self.fd, offset, len, true)?;
         map.dont_fork();
         let map = Arc::new(map);
-        windows.insert(extent.offset, Arc::clone(&map));
+        windows.insert(offset, Arc::clone(&map));
         Ok(map)
     }
+}
+
+/// File offset and length of the whole pages an extent is in; None if a peer wrote nonsense.
+fn whole_pages(extent: &Extent) -> Option<(u64, usize)> {
+    let lead = extent.offset % PAGE;
+    let congruent = extent.va % PAGE == lead;
+    let len = lead.checked_add(extent.len)?.checked_next_multiple_of(PAGE)?;
+    let start = extent.offset - lead;
+    start.checked_add(len).filter(|_| congruent && extent.len > 0)?;
+    Some((start, usize::try_from(len).ok()?))
 }
 
 #[derive(Debug, Default)]
@@ -141,4 +150,21 @@ fn map_whole(fd: OwnedFd) -> Result<Arc<Mapping>> {
     let map = Mapping::new(&fd, 0, size as usize, true).map_err(Error::system("mmap of a peer's slab"))?;
     map.dont_fork();
     Ok(Arc::new(map))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_are_mapped_by_whole_pages() {
+        let pages = |va, len, offset| whole_pages(&Extent { va, len, offset });
+        assert_eq!(pages(0x5000, 0x1000, 0x3000), Some((0x3000, 0x1000)));
+        assert_eq!(pages(0x5010, 64, 0x3010), Some((0x3000, 0x1000)), "an MR smaller than a page");
+        assert_eq!(pages(0x5ff0, 32, 0x3ff0), Some((0x3000, 0x2000)), "across a page border");
+        assert_eq!(pages(0x5010, 64, 0x3000), None, "addresses that no mapping can have");
+        assert_eq!(pages(0x5000, 0, 0x3000), None);
+        assert_eq!(pages(0x5000, u64::MAX, 0x3000), None);
+        assert_eq!(pages(0xf000, 0x2000, u64::MAX - 0xfff), None);
+    }
 }

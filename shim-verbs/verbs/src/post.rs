@@ -109,11 +109,14 @@ pub unsafe extern "C" fn post_send(
     0
 }
 
-/// Posts what an `ibv_wr_*` batch collected, in order.
+/// Posts what an `ibv_wr_*` batch collected, in order: all of it, or nothing if there is no room for all.
 ///
 /// # Safety
 /// Each request is as the C API demands.
 pub unsafe fn send_all(qp: &Qp, wrs: &[ibv_send_wr]) -> c_int {
+    if qp.rust.core.send_room() < wrs.len() {
+        return libc::ENOMEM;
+    }
     for wr in wrs {
         // SAFETY: the caller's promise.
         if let Err(Errno(error)) = unsafe { send_one(qp, wr) } {

@@ -105,6 +105,12 @@ impl Qp {
         Ok(())
     }
 
+    /// How many more requests fit now; only polling makes it more, only posting less.
+    pub fn send_room(&self) -> usize {
+        let side = self.lock_send();
+        self.caps.max_send_wr.saturating_sub(self.lanes.send.used(side.queue.posted)) as usize
+    }
+
     fn check_wr(&self, wr: &SendWr<'_>) -> Result<(), Errno> {
         let datagram = matches!(wr.target, Target::Datagram(_));
         let op_fits = match self.kind() {

@@ -23,6 +23,13 @@ static void done(struct ibv_cq_ex *cq, uint64_t wr_id, enum ibv_wc_opcode opcode
 	ibv_end_poll(cq);
 }
 
+/* The same, where more may be waiting. */
+static void done_or_more(struct ibv_cq_ex *cq, uint64_t wr_id)
+{
+	next(cq, wr_id, IBV_WC_RDMA_WRITE);
+	ibv_end_poll(cq);
+}
+
 static void begin(struct ibv_qp_ex *qp, uint64_t wr_id)
 {
 	qp->wr_id = wr_id;
@@ -106,7 +113,7 @@ static void batches(struct pair *p, struct ibv_qp_ex *qp, struct ibv_cq_ex *cq)
 }
 
 /* A batch with an error posts nothing, not even what was right in it. */
-static void errors(struct pair *p, struct ibv_qp_ex *qp)
+static void errors(struct pair *p, struct ibv_qp_ex *qp, struct ibv_cq_ex *cq)
 {
 	uint64_t from = (uintptr_t)p->buffer, to = from + SIZE;
 	struct ibv_wc wc;
@@ -142,8 +149,31 @@ static void errors(struct pair *p, struct ibv_qp_ex *qp)
 	post_receive(p, 12, 0, 0);
 	CHECK(ibv_wr_complete(qp) == 0);
 	expect(p->rcq, 12, IBV_WC_RECV_RDMA_WITH_IMM);
+	done(cq, 12, IBV_WC_RDMA_WRITE);
 	CHECK(p->buffer[SIZE] == 0 && !strcmp(p->buffer + SIZE + 64, "after"));
 	CHECK(ibv_poll_cq(p->rcq, 1, &wc) == 0);
+}
+
+/* A batch that does not fit behind what is queued posts nothing. */
+static void full(struct pair *p, struct ibv_qp_ex *qp, struct ibv_cq_ex *cq)
+{
+	uint64_t from = (uintptr_t)p->buffer, to = from + SIZE;
+	int rounds[3] = { 10, 10, 6 }, results[3] = { 0, ENOMEM, 0 }; /* of 16 */
+	for (int i = 0; i < 3; i++) {
+		sprintf(p->buffer, "round %d", i);
+		ibv_wr_start(qp);
+		for (int j = 0; j < rounds[i]; j++) {
+			begin(qp, 100 * i + j);
+			ibv_wr_rdma_write(qp, p->mr->rkey, to + 64 * i);
+			ibv_wr_set_sge(qp, p->mr->lkey, from, 8);
+		}
+		CHECK(ibv_wr_complete(qp) == results[i]);
+	}
+	for (int j = 0; j < 10; j++)
+		done_or_more(cq, j);
+	for (int j = 0; j < 6; j++)
+		done_or_more(cq, 200 + j);
+	CHECK(!strcmp(p->buffer + SIZE, "round 0") && p->buffer[SIZE + 64] == 0 && !strcmp(p->buffer + SIZE + 128, "round 2"));
 }
 
 int main(void)
@@ -158,7 +188,9 @@ int main(void)
 	struct ibv_qp_ex *qp = ibv_qp_to_qp_ex(p.qp[0]);
 	CHECK(qp);
 	batches(&p, qp, cq);
-	errors(&p, qp);
+	errors(&p, qp, cq);
+	memset(p.buffer + SIZE, 0, SIZE);
+	full(&p, qp, cq);
 	free_pair(&p);
 	CHECK(ibv_close_device(context) == 0);
 	return 0;
