@@ -142,6 +142,16 @@ fn atomics_between_small_regions_of_two_contexts() {
 }
 
 #[test]
+fn datagrams_arrive_with_their_senders_address() {
+    run_with_router("datagram");
+}
+
+#[test]
+fn async_events_name_their_object_and_hold_up_its_end() {
+    run_with_router("async");
+}
+
+#[test]
 fn a_forked_child_neither_disturbs_nor_hangs() {
     run_with_router("forked");
 }
