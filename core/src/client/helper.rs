@@ -55,10 +55,8 @@ impl Helper {
         let shared = Arc::clone(&self.shared);
         let (running, started) = std::sync::mpsc::channel();
         let masked = SignalMask::block_all();
-        let thread = std::thread::Builder::new()
-            .name("freeflow".into())
-            .stack_size(256 * 1024)
-            .spawn(move || {
+        let thread =
+            std::thread::Builder::new().name("freeflow".into()).stack_size(256 * 1024).spawn(move || {
                 // Its creator waits: a thread that does not run yet blocks all signals, and mem moves nothing.
                 let _ = running.send(());
                 run(&shared, &context);

@@ -215,6 +215,7 @@ pub unsafe extern "C" fn ibv_destroy_qp(qp: *mut ibv_qp) -> c_int {
         // SAFETY: a QP keeps its PD alive.
         let domain = unsafe { Pd::of(base.pd) };
         domain.rust.live.remove(qp as u64);
+        pair.rust.core.close();
         pair.acks().wait(&pair.rust.async_events);
         // SAFETY: the C API forbids any use after this.
         unsafe { Qp::free(qp) };

@@ -59,6 +59,7 @@ pub struct Qp {
     recv: Mutex<()>,
     /// The router may know more about the peer than it did.
     ask_again: AtomicBool,
+    closed: AtomicBool,
 }
 
 fn check_caps(init: &QpInit, context: &Context) -> Result<()> {
@@ -141,6 +142,7 @@ impl Pd {
                 attr: Mutex::default(),
                 recv: Mutex::default(),
                 ask_again: AtomicBool::new(true),
+                closed: AtomicBool::new(false),
             }
         });
         match refused {
@@ -255,12 +257,14 @@ impl Qp {
     }
 }
 
-impl Drop for Qp {
-    fn drop(&mut self) {
-        if fork::in_child() {
+impl Qp {
+    /// ibv_destroy_qp(3): when it returns, nothing of the QP's is used any more, whoever else still holds it (the
+    /// helper thread does for moments).
+    pub fn close(&self) {
+        if fork::in_child() || self.closed.swap(true, Ordering::AcqRel) {
             return;
         }
-        let context = Arc::clone(self.context());
+        let context = self.context();
         self.lanes.set_state(QpState::Reset);
         self.lanes.shared[0].qpn.store(0, Ordering::SeqCst);
         self.send_cq.detach(&self.lanes);
@@ -272,7 +276,15 @@ impl Drop for Qp {
         let _ = context.conn.ask(&DestroyQp { qpn: self.qpn() });
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
         self.quiesce(Instant::now() + std::time::Duration::from_millis(100));
+        // Whoever runs a request holds the lock; with it in hand none runs, and none will.
+        self.lock_send().reset();
         context.events.withdraw(self.cookie);
         context.slabs.free(self.block.clone());
+    }
+}
+
+impl Drop for Qp {
+    fn drop(&mut self) {
+        self.close();
     }
 }
