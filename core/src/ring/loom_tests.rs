@@ -44,7 +44,9 @@ fn loom_one_receive_goes_to_one_of_two_senders() {
         let mine = queue.send(2);
         let theirs = sender.join().expect("sender");
         assert!(mine ^ theirs, "exactly one sender wins");
-        let Some(Taken::Done(said, payload)) = queue.rq().take(0, false, false) else { panic!("not complete") };
+        let Some(Taken::Done(said, payload)) = queue.rq().take(0, false, false) else {
+            panic!("not complete")
+        };
         assert_eq!(said.byte_len, if mine { 2 } else { 1 });
         assert_eq!(payload.read()[7], said.byte_len as u8, "payload and completion are the same sender's");
     });
@@ -71,7 +73,11 @@ fn loom_a_taken_receive_is_whole() {
     loom::model(|| {
         let queue = Queue::new(1);
         let other = Arc::clone(&queue);
-        let sender = thread::spawn(move || while !other.send(9) { thread::yield_now() });
+        let sender = thread::spawn(move || {
+            while !other.send(9) {
+                thread::yield_now()
+            }
+        });
         queue.rq().post(0, &[crate::verbs::Sge { addr: 1, length: 2, lkey: 3 }]);
         loop {
             if let Some(Taken::Done(said, payload)) = queue.rq().take(0, false, false) {
@@ -187,7 +193,8 @@ fn loom_something_lands_if_the_key_is_checked_before_announcing() {
 fn loom_an_entry_is_read_whole_or_not_at_all() {
     loom::model(|| {
         let entry = Arc::new(MrEntry::default());
-        let version = |n: u32| MrView { key: n << 16, addr: u64::from(n), len: u64::from(n), ..MrView::default() };
+        let version =
+            |n: u32| MrView { key: n << 16, addr: u64::from(n), len: u64::from(n), ..MrView::default() };
         entry.publish(&version(1));
         let other = Arc::clone(&entry);
         let reader = thread::spawn(move || other.read(1 << 16));
