@@ -351,11 +351,11 @@ static void writers_during_registration(void)
 {
 	struct ibv_pd *pd = MADE(ibv_alloc_pd(ctx));
 	uint8_t *map = anonymous(CELLS * 8);
-	volatile int stop = 0;
-	struct writer w[WRITERS];
+	static volatile int stop; /* both outlive a failure of the main thread */
+	static struct writer w[WRITERS];
 
 	for (size_t i = 0; i < WRITERS; i++) {
-		w[i] = (struct writer){ .cells = (volatile uint64_t *)map, .own = i, .stop = &stop };
+		w[i] = (struct writer){ .cells = (volatile uint64_t *)(void *)map, .own = i, .stop = &stop };
 		EQ(pthread_create(&w[i].thread, NULL, keep_writing, &w[i]), 0);
 	}
 	for (size_t i = 0; i < 300; i++) {
@@ -399,7 +399,8 @@ static void arrivals_during_registration(void)
 {
 	struct end_cfg c = { .len = 8192 };
 	struct pair p = pair_open(&c, &c);
-	struct registrar r = { p.b, anonymous(8 * page()), 8 * page(), 0 };
+	static struct registrar r; /* outlives a failure of the main thread */
+	r = (struct registrar){ p.b, anonymous(8 * page()), 8 * page(), 0 };
 	struct ibv_mr *mr = p.b ? MADE(ibv_reg_mr(p.b->pd, r.map, r.len, ALL_ACCESS)) : NULL;
 	pthread_t thread;
 

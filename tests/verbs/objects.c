@@ -141,27 +141,29 @@ static void cq_resize(void)
 
 static void mr_access_rules(void)
 {
-	static uint8_t buf[4096];
+	enum { LEN = 16384 };
+	uint8_t *buf = MADE(malloc(LEN));
 	struct ibv_pd *pd = MADE(ibv_alloc_pd(ctx));
 
 	for (int access = 0; access < 16; access++) {
 		int needs = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC;
 
 		if ((access & needs) && !(access & IBV_ACCESS_LOCAL_WRITE)) {
-			NOT_MADE(ibv_reg_mr(pd, buf, sizeof(buf), access), EINVAL);
+			NOT_MADE(ibv_reg_mr(pd, buf, LEN, access), EINVAL);
 			continue;
 		}
-		struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, sizeof(buf), access));
-		CHECK(mr->pd == pd && mr->context == ctx && mr->addr == buf && mr->length == sizeof(buf), "the MR's fields are others");
+		struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, LEN, access));
+		CHECK(mr->pd == pd && mr->context == ctx && mr->addr == buf && mr->length == LEN, "the MR's fields are others");
 		OK(ibv_dereg_mr(mr));
 	}
 	/* optional flags are ignored where they mean nothing */
-	struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, sizeof(buf), IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_RELAXED_ORDERING));
+	struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, LEN, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_RELAXED_ORDERING));
 	OK(ibv_dereg_mr(mr));
 	errno = 0;
-	mr = ibv_reg_mr(pd, buf, sizeof(buf), 1 << 18); /* neither known nor optional */
+	mr = ibv_reg_mr(pd, buf, LEN, 1 << 18); /* neither known nor optional */
 	CHECK(!mr && (errno == EINVAL || errno == EOPNOTSUPP), "an unknown flag: %p, errno %d", (void *)mr, errno);
 	OK(ibv_dealloc_pd(pd));
+	free(buf);
 }
 
 static void mr_bad_memory(void)
@@ -209,7 +211,7 @@ static void mr_of_zero_bytes(void)
  */
 static void use_memory(struct pair *q, uint8_t *p, size_t len, bool writable)
 {
-	int access = writable ? ALL_ACCESS : IBV_ACCESS_REMOTE_READ;
+	int access = IBV_ACCESS_REMOTE_READ | (writable ? IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE : 0);
 	struct ibv_mr *mr = MADE(ibv_reg_mr(q->b->pd, p, len, access));
 	uint8_t expect[512];
 
@@ -289,6 +291,34 @@ static void mr_mapping_kinds(void)
 		use_memory(&q, p + 1, 500, true);
 		EQ(munmap(p, 2 * page), 0);
 	}
+}
+
+/* Atomics on memory that a provider cannot give them on are refused by the registration; where it is taken, they work. */
+static void mr_atomic_or_refused(void)
+{
+	struct pair q = one_process();
+	uint64_t on_stack[16] = { 41 }, *shared = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	uint64_t *places[] = { on_stack, (uint64_t *)(void *)in_bss, shared };
+
+	CHECK(shared != MAP_FAILED, "mmap");
+	for (size_t i = 0; i < COUNT(places); i++) {
+		uint64_t *word = (uint64_t *)(((uintptr_t)places[i] + 7) & ~(uintptr_t)7);
+
+		*word = 41;
+		errno = 0;
+		struct ibv_mr *mr = ibv_reg_mr(q.b->pd, word, 8, ALL_ACCESS);
+		if (!mr) {
+			EQ(errno, EOPNOTSUPP);
+			continue;
+		}
+		q.a->peer.addr = (uintptr_t)word;
+		q.a->peer.rkey = mr->rkey;
+		OK(post_op(q.a, IBV_WR_ATOMIC_FETCH_AND_ADD, 1, 0, 8, 0, 0));
+		WANT(q.a->scq, 1, IBV_WC_SUCCESS);
+		EQ(*(volatile uint64_t *)word, 42);
+		OK(ibv_dereg_mr(mr));
+	}
+	EQ(munmap(shared, 4096), 0);
 }
 
 static void mr_of_files(void)
@@ -384,6 +414,6 @@ static void mr_many(void)
 static const struct test_case cases[] = {
 	CASE(pd_busy),	     CASE(cq_busy),	CASE(channel_busy),   CASE(qp_arguments),     CASE(ah_arguments),
 	CASE(cq_resize),     CASE(mr_access_rules), CASE(mr_bad_memory),  CASE(mr_of_zero_bytes), CASE(mr_alignments),
-	CASE(mr_mapping_kinds), CASE(mr_of_files),	CASE(mr_overlapping), CASE(mr_many),
+	CASE(mr_mapping_kinds), CASE(mr_atomic_or_refused), CASE(mr_of_files),	CASE(mr_overlapping), CASE(mr_many),
 };
 SUITE(cases)

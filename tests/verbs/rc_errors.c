@@ -176,24 +176,28 @@ static void remote_flags_missing_in_qp(void)
 
 static void remote_mr_of_other_pd(void)
 {
-	static uint8_t buf[4096];
+	enum { LEN = 16384 };
+	uint8_t *buf = MADE(calloc(1, LEN));
 	struct ibv_pd *pd = MADE(ibv_alloc_pd(ctx));
-	struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, sizeof(buf), ALL_ACCESS));
+	struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, LEN, ALL_ACCESS));
 
 	DENIED(.op = IBV_WR_RDMA_WRITE, .target = mr);
 	DENIED(.op = IBV_WR_RDMA_READ, .target = mr);
 	DENIED(.op = IBV_WR_ATOMIC_FETCH_AND_ADD, .target = mr);
-	ALL(buf, sizeof(buf), 0);
+	ALL(buf, LEN, 0);
 	OK(ibv_dereg_mr(mr));
 	OK(ibv_dealloc_pd(pd));
+	free(buf);
 }
+
+enum { READ_WRITE = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ }; /* static memory need not take atomics */
 
 /* A key that was good, used before and after its end. */
 static void remote_key_deregistered(void)
 {
 	struct pair p = pair_open(NULL, NULL);
 	static uint8_t buf[4096];
-	struct ibv_mr *mr = p.b ? MADE(ibv_reg_mr(p.b->pd, buf, sizeof(buf), ALL_ACCESS)) : NULL;
+	struct ibv_mr *mr = p.b ? MADE(ibv_reg_mr(p.b->pd, buf, sizeof(buf), READ_WRITE)) : NULL;
 	uint64_t addr = from_b((uintptr_t)buf), rkey = from_b(mr ? mr->rkey : 0);
 
 	if (p.a) {
@@ -226,7 +230,7 @@ static void remote_key_not_reused(void)
 	uint32_t seen[64];
 
 	for (size_t i = 0; i < COUNT(seen); i++) {
-		struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, sizeof(buf), ALL_ACCESS));
+		struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, sizeof(buf), READ_WRITE));
 
 		seen[i] = mr->rkey;
 		OK(ibv_dereg_mr(mr));
@@ -274,7 +278,7 @@ static void local_key_of_other_pd(void)
 {
 	struct ibv_pd *pd = MADE(ibv_alloc_pd(ctx));
 	static uint8_t buf[64];
-	struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, sizeof(buf), ALL_ACCESS));
+	struct ibv_mr *mr = MADE(ibv_reg_mr(pd, buf, sizeof(buf), READ_WRITE));
 	struct pair p = pair_open(NULL, NULL);
 
 	if (p.a) {
