@@ -13,7 +13,7 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// Message sizes that TCP is measured at.
 const SIZES: [u64; 5] = [64, 4 << 10, 64 << 10, 1 << 20, 8 << 20];
 const BW: &str = "ib_write_bw -F -a -n 500 --report_gbits";
-const LAT: &str = "ib_write_lat -F -a -n 1000 -p 18516";
+const LAT: &str = "ib_write_lat -F -a -n 300 -p 18516";
 
 pub fn run() -> Result<ExitCode> {
     packages::ensure(&[packages::LAB, packages::CLIENTS])?;
