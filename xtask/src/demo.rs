@@ -8,12 +8,12 @@ use crate::failure::Result;
 use crate::process::{self, Done, Echo};
 use crate::{dist, layout, packages, perftest};
 
-/// All of it takes well under a minute.
-const LIMIT: Duration = Duration::from_secs(90);
+/// All of it takes well under a minute on an idle machine.
+const LIMIT: Duration = Duration::from_secs(300);
 /// Message sizes that TCP is measured at.
 const SIZES: [u64; 5] = [64, 4 << 10, 64 << 10, 1 << 20, 8 << 20];
 const BW: &str = "ib_write_bw -F -a -n 500 --report_gbits";
-const LAT: &str = "ib_write_lat -F -a -n 1000 -p 18516";
+const LAT: &str = "ib_write_lat -F -a -n 300 -p 18516";
 
 pub fn run() -> Result<ExitCode> {
     packages::ensure(&[packages::LAB, packages::CLIENTS])?;
@@ -39,17 +39,14 @@ pub fn run() -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn runs() -> Vec<String> {
+/// Three servers that wait, then one script with the clients in turn: what is measured has the machine to itself.
+fn runs() -> [String; 4] {
     let sizes = SIZES.map(|s| s.to_string()).join(" ");
-    let tcp = format!("for s in {sizes}; do echo size $s; qperf @c1 -t 1 -m $s tcp_bw tcp_lat || exit; done");
-    vec![
-        format!("c1={BW}"),
-        format!("c2={BW} @c1"),
-        format!("c1={LAT}"),
-        format!("c2={LAT} @c1"),
-        "c1=qperf".to_owned(),
-        format!("c2={tcp}"),
-    ]
+    let clients = format!(
+        "r=0; {BW} @c1 || r=$?; {LAT} @c1 || r=$?; \
+         for s in {sizes}; do echo size $s; qperf @c1 -t 1 -m $s tcp_bw tcp_lat || r=$?; done; exit $r"
+    );
+    [format!("c1={BW}"), format!("c1={LAT}"), "c1=qperf".to_owned(), format!("c2={clients}")]
 }
 
 /// What could not be shown, and what the programs said about it.

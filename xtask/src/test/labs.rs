@@ -7,8 +7,8 @@ use super::clients::{Check, Client};
 use crate::process::{self, Done, Echo};
 use crate::{layout, perftest};
 
-/// One client must end well within this.
-const LIMIT: Duration = Duration::from_secs(60);
+/// For a client that hangs; one takes a second or two on an idle machine.
+const LIMIT: Duration = Duration::from_secs(120);
 
 type Outcome = std::result::Result<(), String>;
 
