@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use freeflow_core::ctl::{CopyMem, copy_kind};
 use freeflow_core::ring::{MrEntry, MrView};
@@ -15,6 +15,8 @@ use crate::refusal::{Refusal, Result};
 use crate::shared::Shared;
 use crate::state::{CopyPlan, Owner};
 
+/// How long a deregistration waits for the router's copies on the region. Only the caller's own memory can hold one up.
+const DEREG_WAIT: Duration = Duration::from_secs(2);
 /// Bytes per piece.
 const PIECE: usize = 256 << 10;
 
@@ -37,6 +39,15 @@ pub fn copy(shared: &Shared, owner: Owner, request: &CopyMem) -> Result<()> {
         note_failure(shared, owner, request.key, why);
     }
     result
+}
+
+/// Serves a DeregMr: when it returns, nothing lands in the region any more.
+pub fn deregister(shared: &Shared, owner: Owner, key: u32) -> Result<()> {
+    shared.with(|state| state.revoke_mr(owner, key))?;
+    if !shared.wait_until(DEREG_WAIT, |state| state.revoke_mr(owner, key) != Ok(false)) {
+        return Err(Refusal::Busy { what: "memory region", id: key, by: "copy that does not end" });
+    }
+    shared.with(|state| state.forget_mr(owner, key))
 }
 
 fn right(kind: u32) -> Result<Access> {
@@ -142,4 +153,39 @@ fn read(memory: &File, bytes: &mut [u8], at: u64) -> std::result::Result<(), ()>
 
 fn write(memory: &File, bytes: &[u8], at: u64) -> std::result::Result<(), ()> {
     memory.write_all_at(bytes, at).map_err(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Settings;
+    use crate::state::testing::World;
+
+    #[test]
+    fn deregistration_waits_for_the_copy_in_flight() {
+        let mut w = World::new();
+        let container = w.container("a", [10, 0, 0, 1], "red");
+        let me = w.owner_of_new_client(container);
+        let pd = w.pd(me);
+        let key = w.state.reg_mr(me, pd, 0, 10).expect("mr");
+        let shared = Shared::new(Settings::default()).expect("shared");
+        shared.with(|state| *state = w.state);
+
+        shared.with(|state| state.enter_copy(me.client, key, pd)).expect("alive");
+        let copy = InFlight { shared: &shared, client: me.client, key };
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| deregister(&shared, me, key));
+            // Once no copy can begin, deregistration is under way; it must not end before the copy.
+            while shared.with(|state| {
+                let entered = state.enter_copy(me.client, key, pd).is_ok();
+                entered && !state.leave_copy(me.client, key)
+            }) {
+                std::thread::yield_now();
+            }
+            assert!(!waiting.is_finished());
+            drop(copy);
+            waiting.join().expect("no panic").expect("the copy ended");
+        });
+        assert!(matches!(deregister(&shared, me, key), Err(Refusal::NoSuch { .. })));
+    }
 }

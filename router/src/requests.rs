@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use freeflow_core::ctl::*;
 use freeflow_core::shm::{Mapping, is_sealed_memfd, make_memfd};
@@ -16,9 +15,6 @@ use crate::refusal::{Refusal, Result};
 use crate::session::{Failure, Reply, Session};
 use crate::shared::ring_bell;
 use crate::state::{NewQp, Notice, Slab};
-
-/// How long a deregistration waits for the router's copies on the region. Only the caller's own memory can hold one up.
-const DEREG_WAIT: Duration = Duration::from_secs(2);
 
 type Fds = Vec<Arc<OwnedFd>>;
 
@@ -181,13 +177,7 @@ impl Handle for RegMr {
 
 impl Handle for DeregMr {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
-        let (shared, owner) = (&session.shared, session.owner);
-        shared.with(|state| state.revoke_mr(owner, self.key))?;
-        let quiet = shared.wait_until(DEREG_WAIT, |state| state.revoke_mr(owner, self.key) != Ok(false));
-        if !quiet {
-            return Err(Refusal::Busy { what: "memory region", id: self.key, by: "copy that does not end" });
-        }
-        done(shared.with(|state| state.forget_mr(owner, self.key)))
+        done(copy::deregister(&session.shared, session.owner, self.key))
     }
 }
 

@@ -82,8 +82,13 @@ impl Drop for Rig {
 
 pub fn connect(path: &std::path::Path) -> Socket {
     let socket = Socket::connect(path).expect("connect");
-    set_socket_timeout(&socket, Timeout::Recv, Some(WATCHDOG)).expect("timeout");
+    watch(&socket);
     socket
+}
+
+/// Lets waits on `socket` fail in the end.
+pub fn watch(socket: &Socket) {
+    set_socket_timeout(socket, Timeout::Recv, Some(WATCHDOG)).expect("timeout");
 }
 
 pub fn hello(purpose: u32) -> Hello {
@@ -120,11 +125,11 @@ impl Client {
 
     /// Says hello on a connection.
     pub fn over(socket: Socket) -> Self {
-        set_socket_timeout(&socket, Timeout::Recv, Some(WATCHDOG)).expect("timeout");
+        watch(&socket);
         let (hello, fds) = socket.call(&hello(purpose::VERBS), &[]).expect("hello");
         let mut fds = fds.into_iter();
         let events = Socket::new(fds.next().expect("event socket"));
-        set_socket_timeout(&events, Timeout::Recv, Some(WATCHDOG)).expect("timeout");
+        watch(&events);
         let table = fds.next().expect("MR table");
         assert!(fds.next().is_none());
         let table = Mapping::new(table, 0, MR_SLOTS * size_of::<MrEntry>(), true).expect("mmap");
