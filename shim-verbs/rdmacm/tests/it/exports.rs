@@ -1,29 +1,10 @@
 //! The built library exports exactly symbols.txt, with versions: a changed compiler or linker can drop them silently.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
-
-/// The cdylib, which cargo does not build for tests by itself.
-fn library() -> &'static Path {
-    static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        let exe = std::env::current_exe().expect("a test has a path");
-        let profile = exe.parent().and_then(Path::parent).expect("TARGET/PROFILE/deps/TEST");
-        let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--package", env!("CARGO_PKG_NAME"), "--target-dir"]);
-        cargo.arg(profile.parent().expect("TARGET/PROFILE")).current_dir(env!("CARGO_MANIFEST_DIR"));
-        if profile.ends_with("release") {
-            cargo.arg("--release");
-        }
-        assert!(cargo.status().expect("cargo starts").success(), "the library does not build");
-        profile.join("libff_rdmacm.so")
-    })
-}
 
 fn output(program: &str, args: &[&str]) -> String {
-    let run = Command::new(program).args(args).arg(library()).output();
+    let run = Command::new(program).args(args).arg(super::library()).output();
     let run = run.unwrap_or_else(|error| panic!("{program} (package binutils): {error}"));
     assert!(run.status.success(), "{program}: {}", String::from_utf8_lossy(&run.stderr));
     String::from_utf8(run.stdout).expect("objdump writes ASCII")
@@ -31,7 +12,7 @@ fn output(program: &str, args: &[&str]) -> String {
 
 #[test]
 fn exports_are_the_list() {
-    let listed: BTreeSet<String> = include_str!("../symbols.txt")
+    let listed: BTreeSet<String> = include_str!("../../symbols.txt")
         .lines()
         .filter(|line| !line.starts_with('#'))
         .map(|line| line.rsplit_once(' ').expect("three fields").0.to_string())
