@@ -5,6 +5,8 @@
 
 use std::sync::{Arc, Weak};
 
+use arrayvec::ArrayVec;
+
 use crate::exec::LocalTable;
 use crate::ring::{Completion, INLINE_BYTES, QpShared, RecvSlot, RqShared, Taken};
 use crate::shm::{LocalBytes, SharedBytes, View, copy_out};
@@ -205,6 +207,13 @@ impl Lanes {
         self.send.poll(self.qpn())
     }
 
+    /// A sender died with receive `seq` in hand: the next one gets it.
+    fn post_anew(&self, seq: u32) {
+        let sges: ArrayVec<Sge, MAX_SGE> = self.recv.slot(seq).sges().collect();
+        self.recv.ring().post(seq, &sges);
+        self.shared[0].head.store(seq, Ordering::Release);
+    }
+
     /// CQ: takes the next receive completion.
     pub fn poll_recv(&self, table: &LocalTable<'_>) -> Option<Wc> {
         let lane = &self.recv;
@@ -216,7 +225,12 @@ impl Lanes {
         let orphaned = flush && self.orphaned.load(Ordering::Relaxed);
         let mine = lane.slot(seq);
         let mut wc = Wc { wr_id: mine.wr_id.load(Ordering::Relaxed), qp_num: self.qpn(), ..Wc::default() };
-        match lane.ring().take(seq, flush, orphaned)? {
+        let mut taken = lane.ring().take(seq, flush, orphaned)?;
+        if matches!(&taken, Taken::Done(said, _) if said.flags & Completion::LOST != 0) {
+            self.post_anew(seq);
+            taken = if flush { lane.ring().take(seq, true, true)? } else { return None };
+        }
+        match taken {
             Taken::Flushed => {
                 wc.status = WcStatus::WrFlushErr as u32;
                 wc.opcode = WcOpcode::Recv as u32;

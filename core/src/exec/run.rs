@@ -89,10 +89,18 @@ fn serves(peer: &Peer<'_>, qpn: u32) -> bool {
 }
 
 /// Gives a half-filled receive back when its sender failed locally.
-fn abandon<M>(progress: &mut Progress, env: &Env<'_, M>) {
+fn abandon<M: PeerMemory>(progress: &mut Progress, env: &mut Env<'_, M>) {
     let (Some(suspended), Some(peer)) = (progress.claim.take(), env.peer) else { return };
     if let Some(claim) = Claim::resume(peer.rq, suspended, env.client) {
-        claim.release(&peer.qp.head);
+        give_back(claim, &peer, env.memory);
+    }
+}
+
+/// Returns a receive untouched. Its owner may have begun to flush meanwhile and passed over it: it looks again.
+fn give_back<M: PeerMemory>(claim: Claim<'_>, peer: &Peer<'_>, memory: &mut M) {
+    claim.release(&peer.qp.head);
+    if peer.cq.completed(Some(peer.cq_bit), true) == Ring::Bell {
+        memory.bell();
     }
 }
 
@@ -216,7 +224,7 @@ fn finish<'a, M: PeerMemory>(
     match moved {
         Err(Unreachable) => {
             if let Some(claim) = claim {
-                claim.release(&peer.qp.head);
+                give_back(claim, peer, env.memory);
             }
             Err(violation(env, WcStatus::RemAccessErr))
         }
@@ -414,11 +422,11 @@ fn datagram<M: PeerMemory>(
         whole.push(part.va, part.len);
     }
     let Ok(into) = scatter(&claim, &peer, whole.total) else {
-        claim.release(&peer.qp.head);
+        give_back(claim, &peer, env.memory);
         return sent;
     };
     if pump(env.memory, TO_RECEIVE, &whole.list, &into, 0, whole.total).is_err() {
-        claim.release(&peer.qp.head);
+        give_back(claim, &peer, env.memory);
         return sent;
     }
     let done = Completion {

@@ -103,6 +103,8 @@ impl Completion {
     pub const INLINE: u8 = 0x80;
     /// The sender asked for a solicited event.
     pub const SOLICITED: u8 = 0x40;
+    /// The sender died with the receive in hand: nothing was received.
+    pub const LOST: u8 = 0x20;
 }
 
 /// The slots of one receive queue, wherever they are mapped.
@@ -206,7 +208,8 @@ impl<'a> RqShared<'a> {
         self.slots.iter().any(|s| SlotState::unpack(s.state.load(Ordering::SeqCst)).phase == Phase::Claimed)
     }
 
-    /// Router: gives back what a dead client had claimed. Returns how many slots.
+    /// Router: marks what a dead client had claimed as [`Completion::LOST`], for the owner to post anew: only it knows the
+    /// list's length. Returns how many slots.
     pub fn repair(&self, client: u32) -> usize {
         let mut repaired = 0;
         for slot in self.slots {
@@ -401,7 +404,7 @@ mod tests {
         let suspended = rq.claim(&head, 5).expect("posted").suspend();
         assert!(Claim::resume(rq, suspended, 5).is_some());
         assert_eq!((rq.repair(4), rq.repair(5)), (0, 1));
-        assert!(matches!(rq.take(0, false, false), Some(Taken::Done(c, _)) if c.status != 0));
+        assert!(matches!(rq.take(0, false, false), Some(Taken::Done(c, _)) if c.flags == Completion::LOST));
         assert!(Claim::resume(rq, suspended, 5).is_none());
     }
 }
