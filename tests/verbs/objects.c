@@ -321,6 +321,11 @@ static void mr_atomic_or_refused(void)
 	EQ(munmap(shared, 4096), 0);
 }
 
+static size_t page(void)
+{
+	return (size_t)sysconf(_SC_PAGESIZE);
+}
+
 static void mr_of_files(void)
 {
 	struct pair q = one_process();
@@ -384,6 +389,42 @@ static void mr_overlapping(void)
 	free(p);
 }
 
+/* Regions of two PDs in one page: each takes writes and reads, and neither loses a byte to the other. */
+static void mr_of_two_pds_in_one_page(void)
+{
+	enum { ACCESS = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ };
+	struct pair q[2] = { one_process(), one_process() };
+	uint8_t *p = mmap(NULL, page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct ibv_mr *mr[2];
+
+	CHECK(p != MAP_FAILED, "mmap");
+	memset(p, GUARD, page());
+	for (size_t i = 0; i < 2; i++) {
+		mr[i] = MADE(ibv_reg_mr(q[i].b->pd, p + 100 + 1000 * i, 500, ACCESS));
+		q[i].a->peer.addr = (uintptr_t)p + 100 + 1000 * i;
+		q[i].a->peer.rkey = mr[i]->rkey;
+	}
+	for (uint64_t turn = 0; turn < 10; turn++)
+		for (size_t i = 0; i < 2; i++) {
+			fill(q[i].a->buf, 500, 10 * turn + i);
+			OK(post_op(q[i].a, IBV_WR_RDMA_WRITE, turn, 0, 500, 0, 0));
+			WANT(q[i].a->scq, turn, IBV_WC_SUCCESS);
+			SAME(p + 100 + 1000 * i, 500, 10 * turn + i);
+			OK(post_op(q[i].a, IBV_WR_RDMA_READ, turn, 2048, 500, 0, 0));
+			WANT(q[i].a->scq, turn, IBV_WC_SUCCESS);
+			SAME(q[i].a->buf + 2048, 500, 10 * turn + i);
+		}
+	OK(ibv_dereg_mr(mr[0]));
+	SAME(p + 100, 500, 90);
+	SAME(p + 1100, 500, 91);
+	OK(ibv_dereg_mr(mr[1]));
+	SAME(p + 1100, 500, 91);
+	ALL(p, 100, GUARD);
+	ALL(p + 600, 500, GUARD);
+	ALL(p + 1600, page() - 1600, GUARD);
+	EQ(munmap(p, page()), 0);
+}
+
 static void mr_many(void)
 {
 	enum { N = 20000, SIZE = 4096 };
@@ -414,6 +455,6 @@ static void mr_many(void)
 static const struct test_case cases[] = {
 	CASE(pd_busy),	     CASE(cq_busy),	CASE(channel_busy),   CASE(qp_arguments),     CASE(ah_arguments),
 	CASE(cq_resize),     CASE(mr_access_rules), CASE(mr_bad_memory),  CASE(mr_of_zero_bytes), CASE(mr_alignments),
-	CASE(mr_mapping_kinds), CASE(mr_atomic_or_refused), CASE(mr_of_files),	CASE(mr_overlapping), CASE(mr_many),
+	CASE(mr_mapping_kinds), CASE(mr_atomic_or_refused), CASE(mr_of_files),	CASE(mr_overlapping), CASE(mr_of_two_pds_in_one_page), CASE(mr_many),
 };
 SUITE(cases)

@@ -2,7 +2,7 @@
 #include "common.h"
 #include "internal.h"
 
-#include <poll.h>
+#include <sys/mman.h>
 
 enum { MAX_ENDS = 128 };
 static struct end ends[MAX_ENDS];
@@ -80,7 +80,9 @@ static struct end *end_create(const struct end_cfg *cfg)
 	CHECK(e < ends + MAX_ENDS, "a free slot for an end");
 	*e = (struct end){ .used = true, .cfg = with_defaults(cfg) };
 	e->len = e->cfg.len;
-	e->raw = MADE(aligned_alloc(64, (e->len + 2 * MARGIN + 63) / 64 * 64));
+	/* Pages of its own: neighbours of other PDs in one page are a case of their own, in objects.c. */
+	e->raw = mmap(NULL, e->len + 2 * MARGIN, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(e->raw != MAP_FAILED, "mmap of %zu: %s", e->len, strerror(errno));
 	e->buf = e->raw + MARGIN;
 	memset(e->raw, GUARD, e->len + 2 * MARGIN);
 	e->pd = e->cfg.pd ? e->cfg.pd : MADE(ibv_alloc_pd(ctx));
@@ -234,7 +236,7 @@ void end_destroy(struct end *e)
 	e->channel = NULL;
 	if (e->pd && !e->cfg.pd)
 		OK(ibv_dealloc_pd(e->pd));
-	free(e->raw);
+	EQ(munmap(e->raw, e->len + 2 * MARGIN), 0);
 	*e = (struct end){ 0 };
 }
 
