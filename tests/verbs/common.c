@@ -40,8 +40,10 @@ _Noreturn void end_case(enum verdict how, const char *why)
 		printf("FAIL %s: %s\n", current, why);
 		exit(1);
 	}
-	verdict = how;
-	snprintf(reason, sizeof(reason), "%s", why);
+	if (verdict != FAILED) { /* what comes after the first failure, clean-up included, follows from it */
+		verdict = how;
+		snprintf(reason, sizeof(reason), "%s", why);
+	}
 	longjmp(case_end, 1);
 }
 
