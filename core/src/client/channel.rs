@@ -54,6 +54,12 @@ impl Channel {
     pub(super) fn detach(&self, cq: &Cq) {
         let mut cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
         cqs.retain(|weak| !std::ptr::eq(weak.as_ptr(), cq));
+        drop(cqs);
+        // Its untaken event goes with it; what others rang stays.
+        let _ = rustix::io::read(&self.bell, &mut [0u8; 8]);
+        if self.live().iter().any(|other| other.is_rung()) {
+            self.ring();
+        }
     }
 
     pub(super) fn ring(&self) {
@@ -81,12 +87,14 @@ impl Channel {
         }
     }
 
+    fn live(&self) -> Vec<Arc<Cq>> {
+        let cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
+        cqs.iter().filter_map(Weak::upgrade).collect()
+    }
+
     /// One CQ that rang. If more did, the bell is rung for the next call.
     fn take_rung(&self) -> Option<u64> {
-        let cqs: Vec<Arc<Cq>> = {
-            let cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
-            cqs.iter().filter_map(Weak::upgrade).collect()
-        };
+        let cqs = self.live();
         let index = cqs.iter().position(|cq| cq.take_rung())?;
         if cqs[index + 1..].iter().any(|cq| cq.is_rung()) {
             self.ring();

@@ -67,6 +67,8 @@ pub struct Lanes {
     state: AtomicU32,
     /// The peer process is dead: what it was filling is lost.
     pub orphaned: AtomicBool,
+    /// A message arrived in RTR and the program was told.
+    established: AtomicBool,
     pub qp: Weak<Qp>,
 }
 
@@ -180,8 +182,9 @@ impl Lanes {
         recv: RecvLane,
         qp: Weak<Qp>,
     ) -> Arc<Self> {
-        let (state, orphaned) = (AtomicU32::new(QpState::Reset as u32), AtomicBool::new(false));
-        Arc::new(Lanes { qpn: AtomicU32::new(0), kind, shared, send, recv, state, orphaned, qp })
+        let state = AtomicU32::new(QpState::Reset as u32);
+        let (orphaned, established) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Lanes { qpn: AtomicU32::new(0), kind, shared, send, recv, state, orphaned, established, qp })
     }
 
     pub fn qpn(&self) -> u32 {
@@ -199,6 +202,9 @@ impl Lanes {
 
     /// Sets the state here and for peers.
     pub fn set_state(&self, state: QpState) {
+        if state == QpState::Reset {
+            self.established.store(false, Ordering::Relaxed);
+        }
         self.state.store(state as u32, Ordering::Release);
         self.shared[0].state.store(state as u32, Ordering::SeqCst);
     }
@@ -243,6 +249,9 @@ impl Lanes {
             }
         }
         lane.polled.store(seq.wrapping_add(1), Ordering::Release);
+        if self.state() == QpState::Rtr && !self.established.swap(true, Ordering::Relaxed) {
+            self.qp.upgrade().inspect(|qp| qp.established());
+        }
         if wc.status != 0 && wc.status != WcStatus::WrFlushErr as u32 {
             self.qp.upgrade().inspect(|qp| qp.enter_error());
         }

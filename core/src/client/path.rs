@@ -19,8 +19,9 @@ struct Recent {
     key: u32,
     from: u64,
     to: u64,
-    /// The mapping, and the peer's address of its first byte. None: the peer is this very process, its addresses are ours.
-    map: Option<(Arc<Mapping>, u64)>,
+    map: Arc<Mapping>,
+    /// The peer's address of the mapping's first byte.
+    origin: u64,
 }
 
 /// A resolved peer and what this side remembers of its memory.
@@ -69,35 +70,36 @@ impl Bound<'_> {
     }
 
     fn look_up(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Option<Reach> {
-        if self.peer.client == self.conn.hello.client {
-            let whole = entry.read(key)?;
-            *self.recent =
-                Some(Recent { key, from: whole.addr, to: whole.addr.checked_add(whole.len)?, map: None });
-            return self.hit(key, va, len);
-        }
         let view = entry.read(key)?;
-        let Some(extent) = view.extents().iter().find(|e| e.holds(va, 1)) else {
+        let holder = view.extents().iter().find(|e| e.holds(va, 1));
+        let Some(extent) = holder else {
             let next = view.extents().iter().map(|e| e.va).filter(|start| *start > va).min();
-            return Some(Reach::Far(next.map_or(len, |start| len.min(start - va))));
+            let len = next.map_or(len, |start| len.min(start - va));
+            return Some(self.unmoved(va, len));
         };
         // A window that cannot be mapped (no address space, nonsense in the table) is left to the router's judgement.
         let Ok(map) = self.peer.memory.window(extent) else { return Some(Reach::Far(len)) };
         let to = extent.va.checked_add(extent.len)?;
         let origin = extent.va - extent.va % PAGE;
-        *self.recent = Some(Recent { key, from: extent.va, to, map: Some((map, origin)) });
+        *self.recent = Some(Recent { key, from: extent.va, to, map, origin });
         self.hit(key, va, len)
+    }
+
+    /// Bytes that are in no memfd. If the peer is this very process they are at their own address.
+    fn unmoved(&self, va: u64, len: u64) -> Reach {
+        if self.peer.client != self.conn.hello.client {
+            return Reach::Far(len);
+        }
+        // SAFETY: registered memory of this process, which its program keeps until deregistration.
+        Reach::Here(unsafe { SharedBytes::new(va as *mut u8, len as usize) })
     }
 
     fn hit(&self, key: u32, va: u64, len: u64) -> Option<Reach> {
         let recent = self.recent.as_ref().filter(|r| r.key == key && r.from <= va && va < r.to)?;
         let len = len.min(recent.to - va) as usize;
-        let ptr = match &recent.map {
-            None => va as *mut u8,
-            // The window goes from origin, which is in front of `from`, at least to `to`.
-            Some((map, origin)) => map.base().wrapping_add((va - origin) as usize),
-        };
-        // SAFETY: inside a mapping that `recent` keeps alive while the request runs; or registered memory of this
-        // process, whose owner promised to keep it until deregistration.
+        // The window goes from origin, which is at or in front of `from`, at least to `to`.
+        let ptr = recent.map.base().wrapping_add((va - recent.origin) as usize);
+        // SAFETY: inside a mapping that `recent` keeps alive while the request runs.
         Some(Reach::Here(unsafe { SharedBytes::new(ptr, len) }))
     }
 }

@@ -1,8 +1,7 @@
 //! Other processes as this one has them mapped: slabs, MR tables, PD memory, bells. Kept until the router says the
 //! process is gone.
 
-use std::collections::BTreeMap;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -79,13 +78,26 @@ struct Process {
 
 /// All processes this one talks to.
 #[derive(Debug, Default)]
-pub struct Peers(Mutex<HashMap<u32, Process>>);
+pub struct Peers(Mutex<Known>);
+
+/// Departed processes remembered.
+const MAX_GONE: usize = 1024;
+
+#[derive(Debug, Default)]
+struct Known {
+    processes: HashMap<u32, Process>,
+    /// Newest last. The news of a death travels on its own socket and may overtake a Resolve reply.
+    gone: VecDeque<u32>,
+}
 
 impl Peers {
     /// Takes the descriptors of a Resolve reply and returns the QP it describes.
     pub fn admit(&self, qpn: u32, info: &PeerInfo, fds: Vec<OwnedFd>) -> Result<PeerQp> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let process = all.entry(info.client).or_default();
+        if all.gone.contains(&info.client) {
+            return Err(Error::Disconnected("the peer's process is gone".into()));
+        }
+        let process = all.processes.entry(info.client).or_default();
         process.take(info, fds)?;
         process
             .view(qpn, info)
@@ -94,7 +106,12 @@ impl Peers {
 
     /// The process is gone.
     pub fn forget(&self, client: u32) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&client);
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.processes.remove(&client);
+        if all.gone.len() == MAX_GONE {
+            all.gone.pop_front();
+        }
+        all.gone.push_back(client);
     }
 }
 

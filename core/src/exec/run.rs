@@ -157,14 +157,14 @@ fn violation<M: PeerMemory>(env: &mut Env<'_, M>, status: WcStatus) -> Outcome {
     Outcome::failed(status)
 }
 
-/// The peer's memory behind an rkey, if MR and QP both allow `need`.
-fn target<'a>(peer: &Peer<'a>, rkey: u32, need: Access, iova: u64, len: u64) -> Option<Remote<'a>> {
-    let granted = Access::from_bits_truncate(peer.qp.access.load(Ordering::Relaxed));
-    if !granted.contains(need) {
-        return None;
+/// The peer's memory behind an rkey, if QP and MR both allow `need`.
+fn target<'a>(peer: &Peer<'a>, rkey: u32, need: Access, iova: u64, len: u64) -> Result<Remote<'a>, WcStatus> {
+    let served = Access::from_bits_truncate(peer.qp.access.load(Ordering::Relaxed));
+    if !served.contains(need) {
+        return Err(WcStatus::RemInvReqErr);
     }
-    let (entry, va) = peer.check(rkey, need, iova, len)?;
-    Some(Remote { entry, key: rkey, iova, va, len })
+    let (entry, va) = peer.check(rkey, need, iova, len).ok_or(WcStatus::RemAccessErr)?;
+    Ok(Remote { entry, key: rkey, iova, va, len })
 }
 
 fn write<M: PeerMemory>(
@@ -179,10 +179,12 @@ fn write<M: PeerMemory>(
     let with_imm = request.op == SendOp::WriteImm;
     let mut remote = None;
     if from.total > 0 {
-        remote = target(peer, rkey, Access::REMOTE_WRITE, addr, from.total);
-        if remote.is_none() {
-            abandon(progress, env);
-            return violation(env, WcStatus::RemAccessErr);
+        match target(peer, rkey, Access::REMOTE_WRITE, addr, from.total) {
+            Ok(found) => remote = Some(found),
+            Err(status) => {
+                abandon(progress, env);
+                return violation(env, status);
+            }
         }
     }
     let claim = if with_imm { Some(take_receive(progress, peer, env)) } else { None };
@@ -250,8 +252,9 @@ fn read<M: PeerMemory>(
     if to.total == 0 {
         return Outcome::Done { status: WcStatus::Success, byte_len: 0 };
     }
-    let Some(remote) = target(peer, rkey, Access::REMOTE_READ, addr, to.total) else {
-        return violation(env, WcStatus::RemAccessErr);
+    let remote = match target(peer, rkey, Access::REMOTE_READ, addr, to.total) {
+        Ok(remote) => remote,
+        Err(status) => return violation(env, status),
     };
     let moved = pump(env.memory, FROM_PEER, &to.list, &[remote], progress.moved, env.budget);
     match finish(moved, to.total, progress, None, peer, env) {
@@ -278,7 +281,11 @@ fn atomic<M: PeerMemory>(
     let reached = target(peer, rkey, Access::REMOTE_ATOMIC, addr, 8)
         .map(|remote| env.memory.reach(remote.entry, rkey, remote.va, 8));
     // Registration grants REMOTE_ATOMIC only where the pages moved, so far memory does not get here honestly.
-    let Some(Reach::Here(bytes)) = reached else { return violation(env, WcStatus::RemAccessErr) };
+    let bytes = match reached {
+        Ok(Reach::Here(bytes)) => bytes,
+        Ok(Reach::Far(_)) => return violation(env, WcStatus::RemAccessErr),
+        Err(status) => return violation(env, status),
+    };
     let Some(word) = crate::shm::atomic_word(&bytes) else { return violation(env, WcStatus::RemInvReqErr) };
     let old = apply(word, request.op, compare_add, swap);
     scatter_old(old, to);

@@ -2,7 +2,7 @@
 
 use super::{QpAttrMask as M, QpState as S, QpType};
 
-/// What a transition demands and allows besides STATE and CUR_STATE.
+/// What a transition demands and allows besides STATE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Transition {
     pub required: M,
@@ -31,8 +31,8 @@ const RTR_UC: M = m(&[M::AV, M::PATH_MTU, M::DEST_QPN, M::RQ_PSN]);
 const RTR_RC: M = m(&[RTR_UC, M::MAX_DEST_RD_ATOMIC, M::MIN_RNR_TIMER]);
 const RTR_OPT: M = m(&[M::ALT_PATH, M::ACCESS_FLAGS, M::PKEY_INDEX]);
 const RTS_RC: M = m(&[M::SQ_PSN, M::TIMEOUT, M::RETRY_CNT, M::RNR_RETRY, M::MAX_QP_RD_ATOMIC]);
-const LIVE_RC: M = m(&[ALT, M::ACCESS_FLAGS, M::MIN_RNR_TIMER, M::RATE_LIMIT]);
-const LIVE_UC: M = m(&[ALT, M::ACCESS_FLAGS, M::RATE_LIMIT]);
+const LIVE_RC: M = m(&[ALT, M::CUR_STATE, M::ACCESS_FLAGS, M::MIN_RNR_TIMER, M::RATE_LIMIT]);
+const LIVE_UC: M = m(&[ALT, M::CUR_STATE, M::ACCESS_FLAGS, M::RATE_LIMIT]);
 const SQD_RC: M = m(&[
     LIVE_RC,
     M::AV,
@@ -46,6 +46,8 @@ const SQD_RC: M = m(&[
 ]);
 const SQD_UC: M = m(&[LIVE_UC, M::AV, M::PKEY_INDEX]);
 const SQD_UD: M = m(&[M::PKEY_INDEX, M::QKEY]);
+
+const LIVE_UD: M = m(&[M::CUR_STATE, M::QKEY, M::RATE_LIMIT]);
 
 use QpType::{Rc, Uc, Ud};
 
@@ -62,10 +64,10 @@ const TABLE: &[Row] = &[
     (Ud, Some(S::Init), S::Rtr, NONE, SQD_UD),
     (Rc, Some(S::Rtr), S::Rts, RTS_RC, LIVE_RC),
     (Uc, Some(S::Rtr), S::Rts, M::SQ_PSN, LIVE_UC),
-    (Ud, Some(S::Rtr), S::Rts, M::SQ_PSN, m(&[M::QKEY, M::RATE_LIMIT])),
+    (Ud, Some(S::Rtr), S::Rts, M::SQ_PSN, LIVE_UD),
     (Rc, Some(S::Rts), S::Rts, NONE, LIVE_RC),
     (Uc, Some(S::Rts), S::Rts, NONE, LIVE_UC),
-    (Ud, Some(S::Rts), S::Rts, NONE, m(&[M::QKEY, M::RATE_LIMIT])),
+    (Ud, Some(S::Rts), S::Rts, NONE, LIVE_UD),
     (Rc, Some(S::Rts), S::Sqd, NONE, M::EN_SQD_ASYNC_NOTIFY),
     (Uc, Some(S::Rts), S::Sqd, NONE, M::EN_SQD_ASYNC_NOTIFY),
     (Ud, Some(S::Rts), S::Sqd, NONE, M::EN_SQD_ASYNC_NOTIFY),
@@ -74,9 +76,9 @@ const TABLE: &[Row] = &[
     (Ud, Some(S::Sqd), S::Sqd, NONE, SQD_UD),
     (Rc, Some(S::Sqd), S::Rts, NONE, LIVE_RC),
     (Uc, Some(S::Sqd), S::Rts, NONE, LIVE_UC),
-    (Ud, Some(S::Sqd), S::Rts, NONE, M::QKEY),
-    (Uc, Some(S::Sqe), S::Rts, NONE, M::ACCESS_FLAGS),
-    (Ud, Some(S::Sqe), S::Rts, NONE, M::QKEY),
+    (Ud, Some(S::Sqd), S::Rts, NONE, LIVE_UD),
+    (Uc, Some(S::Sqe), S::Rts, NONE, LIVE_UC),
+    (Ud, Some(S::Sqe), S::Rts, NONE, LIVE_UD),
     (Rc, None, S::Err, NONE, NONE),
     (Uc, None, S::Err, NONE, NONE),
     (Ud, None, S::Err, NONE, NONE),
@@ -96,7 +98,7 @@ pub fn transition(kind: QpType, from: S, to: S) -> Option<Transition> {
 impl Transition {
     /// Are exactly the needed and allowed attributes named?
     pub fn accepts(&self, mask: M) -> bool {
-        let given = mask.difference(M::STATE.union(M::CUR_STATE));
+        let given = mask.difference(M::STATE);
         given.contains(self.required) && self.required.union(self.optional).contains(given)
     }
 }

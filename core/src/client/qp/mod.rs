@@ -211,6 +211,11 @@ impl Qp {
         self.context().events.push(AsyncEvent { kind, cookie: self.cookie });
     }
 
+    /// The first message came before the program moved to RTS: IBV_EVENT_COMM_EST, told when it is polled.
+    pub(super) fn established(&self) {
+        self.context().events.push(AsyncEvent { kind: AsyncKind::CommEst, cookie: self.cookie });
+    }
+
     /// The peer's process died.
     pub(super) fn orphan(self: &Arc<Self>) {
         self.lanes.orphaned.store(true, Ordering::Relaxed);

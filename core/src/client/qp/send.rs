@@ -91,6 +91,7 @@ impl Qp {
             return Err(Errno::INVAL);
         }
         self.check_wr(wr)?;
+        let wr = &SendWr { target: self.own_qkey(wr.target), ..*wr };
         let mut side = self.lock_send();
         if self.lanes.send.used(side.queue.posted) >= self.caps.max_send_wr {
             return Err(Errno::NOMEM);
@@ -109,6 +110,17 @@ impl Qp {
     pub fn send_room(&self) -> usize {
         let side = self.lock_send();
         self.caps.max_send_wr.saturating_sub(self.lanes.send.used(side.queue.posted)) as usize
+    }
+
+    /// A Q_Key with the high bit set stands for the QP's own (IB spec vol. 1, 10.2.5).
+    fn own_qkey(&self, target: Target) -> Target {
+        match target {
+            Target::Datagram(dest) if dest.qkey & 1 << 31 != 0 => {
+                let qkey = self.lanes.shared[0].qkey.load(Ordering::Relaxed);
+                Target::Datagram(crate::exec::UdDest { qkey, ..dest })
+            }
+            other => other,
+        }
     }
 
     fn check_wr(&self, wr: &SendWr<'_>) -> Result<(), Errno> {
