@@ -25,6 +25,15 @@ fn fork_with(f: impl FnOnce(), meanwhile: impl FnOnce()) -> bool {
     libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
 }
 
+/// Has the other threads stop also when this one panics: a failure must not look like a hang.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A byte pipe to order parent and child without sleeping.
 struct Gate([i32; 2]);
 
@@ -148,6 +157,7 @@ fn forks_while_others_malloc_and_write() {
                 }
             });
         }
+        let end = Stops(&stop);
         for round in 0..60u64 {
             let ok = fork_with(
                 || {
@@ -165,7 +175,7 @@ fn forks_while_others_malloc_and_write() {
             assert!(ok, "round {round}");
             assert!(intact());
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(end);
     });
 }
 
@@ -190,12 +200,13 @@ fn what_a_lock_protects_is_whole_in_the_child() {
             }
             n
         });
+        let end = Stops(&stop);
         for _ in 0..100 {
             let held = lock.lock().unwrap();
             let ok = fork_with(|| assert!(whole()), || drop(held));
             assert!(ok);
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(end);
         let n = writer.join().unwrap();
         assert!(whole() && words[0].load(Ordering::Relaxed) == n, "the parent lost writes to a fork");
     });
@@ -252,10 +263,11 @@ fn a_fork_loses_neither_local_nor_remote_writes() {
             }
             n
         });
+        let end = Stops(&stop);
         for _ in 0..100 {
             assert!(fork_with(|| (), || ()));
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(end);
         let n = local.join().unwrap();
         peer_stop.store(1, Ordering::Relaxed);
         let mut status = 0;

@@ -4,8 +4,9 @@
 //! * Before: every moved mapping becomes a *private* mapping of the same file, and its bytes are copied to
 //!   staging memory (chunk by chunk, frozen meanwhile). From here on local writes go to copies on write, which
 //!   fork divides exactly at its own instant; nothing in this process writes to the file.
-//! * Child: its own copies and, where there is none, the staged bytes become plain private memory.
-//! * Parent: what was written meanwhile is merged into the file, word by word against the staged bytes, so that
+//! * Child: its own copies and, where there is none, the staged bytes become plain private memory. Until then it
+//!   reads pages of the file that nobody wrote to, so the parent must leave the file alone:
+//! * Parent: waits for the child's word, or its end. What was written meanwhile is merged into the file, word by word against the staged bytes, so that
 //!   neither these writes nor a peer's are lost; then the mappings are shared again. A peer's write to a page
 //!   that was also written locally during the fork becomes visible here only then.
 //!
@@ -13,11 +14,12 @@
 
 use std::cell::UnsafeCell;
 use std::ops::ControlFlow;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{MutexGuard, Once};
 
 use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
 
 use super::freeze::{self, CHUNK, Sharing, SignalsWait};
 use super::maps::Vma;
@@ -39,6 +41,8 @@ struct Plan {
     list: Vec<Staged>,
     /// Open already, so that the parent needs no descriptor afterwards and the child can close two for its own.
     proc: Option<(Maps, Pagemap)>,
+    /// The child's word to the parent: (reading end, writing end).
+    done: Option<(OwnedFd, OwnedFd)>,
     failed: Option<Errno>,
 }
 
@@ -114,8 +118,15 @@ fn slot() -> &'static mut Option<Plan> {
 }
 
 extern "C" fn prepare() {
-    let mut plan =
-        Plan { _mover: mover(), staging: 0, staging_len: 0, list: Vec::new(), proc: None, failed: None };
+    let mut plan = Plan {
+        _mover: mover(),
+        staging: 0,
+        staging_len: 0,
+        list: Vec::new(),
+        proc: None,
+        done: None,
+        failed: None,
+    };
     if !registry::is_empty() {
         plan.failed = plan.stage().err();
     }
@@ -134,6 +145,7 @@ impl Plan {
             ControlFlow::Continue(())
         })?;
         if !self.list.is_empty() {
+            self.done = Some(rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?);
             self.staging = os::anonymous(self.staging_len)?;
             freeze::ready().map_err(|_| Errno::BUSY)?;
         }
@@ -208,7 +220,12 @@ fn is_private_of_ours(vma: &Vma) -> Option<BorrowedFd<'static>> {
 }
 
 extern "C" fn parent() {
-    let Some(plan) = slot().take() else { return };
+    let Some(mut plan) = slot().take() else { return };
+    if let Some((word, ours)) = plan.done.take() {
+        drop(ours);
+        // One byte, or the end of file when there is no child any more.
+        while rustix::io::read(&word, &mut [0u8; 1]) == Err(Errno::INTR) {}
+    }
     if let Some((maps, pagemap)) = &plan.proc {
         let mut list = Vec::new();
         let _ = maps.all(|vma| {
@@ -335,6 +352,9 @@ extern "C" fn child() {
         };
         if let Err(e) = made {
             give_up(e);
+        }
+        if let Some((_, word)) = plan.done.take() {
+            let _ = rustix::io::write(&word, &[1u8]);
         }
         if plan.staging != 0 {
             freeze::unmap(plan.staging, plan.staging_len);
