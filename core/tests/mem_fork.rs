@@ -276,6 +276,8 @@ fn a_fork_loses_neither_local_nor_remote_writes() {
         assert_eq!(status, 0, "the peer lost a write");
         let theirs = peer_sum.load(Ordering::Relaxed);
         println!("{n} local, {theirs} remote rounds");
+        // Waits for a fork by another test, during which the peer's last words may not be visible here.
+        assert!(r.still_mapped());
         for p in 0..PAGES {
             assert_eq!(all[p * 512 + 4].load(Ordering::Relaxed), n);
             assert_eq!(all[p * 512 + 3].load(Ordering::Relaxed), theirs);

@@ -8,7 +8,9 @@
 //!   reads pages of the file that nobody wrote to, so the parent must leave the file alone:
 //! * Parent: waits for the child's word, or its end. What was written meanwhile is merged into the file, word by word against the staged bytes, so that
 //!   neither these writes nor a peer's are lost; then the mappings are shared again. A peer's write to a page
-//!   that was also written locally during the fork becomes visible here only then.
+//!   that was also written locally during the fork becomes visible here only then. (Where both wrote to one
+//!   aligned 8-byte word meanwhile, the peer's stays; and where a peer changed a word and changed it back around
+//!   the first local write to its page, the value in between stays.)
 //!
 //! The child's part neither allocates nor writes to memory that may have moved before it has put it right.
 
@@ -309,29 +311,22 @@ impl Drop for Alias {
     }
 }
 
-/// Writes those bytes of `local` that differ from `base` to `file`, except where a peer has written there too.
+/// Writes those words of `local` that differ from `base` to `file`, except where a peer has written too. Whole
+/// words: `local` may hold what a peer wrote between the staging and the copy on write, and taking single bytes
+/// of that would mix old and new.
 fn merge_page(local: u64, base: Option<u64>, file: u64, len: u64) {
     for i in (0..len).step_by(8) {
         let mine = word(local + i).load(Ordering::Relaxed);
-        let before = base.map(|b| word(b + i).load(Ordering::Relaxed));
-        if before == Some(mine) {
-            continue;
-        }
         let target = word(file + i);
-        let _ =
-            target.fetch_update(Ordering::AcqRel, Ordering::Acquire, |now| Some(merged(mine, before, now)));
-    }
-}
-
-fn merged(mine: u64, before: Option<u64>, now: u64) -> u64 {
-    let Some(before) = before else { return mine };
-    let (mine, before, mut now) = (mine.to_ne_bytes(), before.to_ne_bytes(), now.to_ne_bytes());
-    for i in 0..8 {
-        if now[i] == before[i] {
-            now[i] = mine[i];
+        match base.map(|b| word(b + i).load(Ordering::Relaxed)) {
+            Some(before) if before == mine => {}
+            // Fails where a peer was here: its word stays.
+            Some(before) => {
+                let _ = target.compare_exchange(before, mine, Ordering::AcqRel, Ordering::Relaxed);
+            }
+            None => target.store(mine, Ordering::Release),
         }
     }
-    u64::from_ne_bytes(now)
 }
 
 fn word(at: u64) -> &'static AtomicU64 {
@@ -459,24 +454,17 @@ fn copy_page(from: u64, to: u64, len: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::merged;
-
-    fn w(bytes: [u8; 8]) -> u64 {
-        u64::from_ne_bytes(bytes)
-    }
+    use super::merge_page;
 
     #[test]
     fn merging_keeps_both_sides_writes() {
-        let base = w([1; 8]);
-        let mine = w([1, 2, 1, 1, 1, 1, 1, 7]);
-        let theirs = w([1, 1, 3, 1, 1, 1, 1, 9]);
-        assert_eq!(merged(mine, Some(base), base), mine);
-        assert_eq!(merged(base, Some(base), theirs), theirs);
-        assert_eq!(
-            merged(mine, Some(base), theirs),
-            w([1, 2, 3, 1, 1, 1, 1, 9]),
-            "a peer wins its own bytes"
-        );
-        assert_eq!(merged(mine, None, theirs), mine);
+        let base = [1u64, 1, 1, 1];
+        let mine = [1u64, 2, 1, 7];
+        let mut file = [1u64, 1, 3, 9];
+        let at = |words: &[u64; 4]| words.as_ptr() as u64;
+        merge_page(at(&mine), Some(at(&base)), file.as_mut_ptr() as u64, 32);
+        assert_eq!(file, [1, 2, 3, 9], "a peer keeps its own words");
+        merge_page(at(&mine), None, file.as_mut_ptr() as u64, 32);
+        assert_eq!(file, mine);
     }
 }
