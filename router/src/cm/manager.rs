@@ -13,10 +13,10 @@ use super::id::{Id, State};
 use super::ports::Ports;
 use super::{Answer, Call, Directory, Home, Input, Output};
 
-/// Ids one client may have. Passive ids count.
-pub const MAX_IDS: usize = 16_384;
-/// Channels one client may have; each costs the router a descriptor.
-pub const MAX_CHANNELS: usize = 1_024;
+/// Ids one container may have. Passive ids count.
+pub const MAX_IDS: usize = 65_536;
+/// Channels one container may have; each costs the router a descriptor.
+pub const MAX_CHANNELS: usize = 4_096;
 /// Events that may wait in a channel before its owner's own requests are refused.
 pub const MAX_WAITING: usize = 8_192;
 
@@ -122,6 +122,12 @@ impl Manager {
         }
     }
 
+    /// What all processes of `client`'s container have of something.
+    fn used(&self, client: u32, count: impl Fn(&Client) -> usize) -> usize {
+        let Some(home) = self.clients.get(&client).map(|asker| &asker.home) else { return 0 };
+        self.clients.values().filter(|other| other.home == *home).map(count).sum()
+    }
+
     fn number(&mut self) -> u32 {
         loop {
             self.last_number = self.last_number.wrapping_add(1);
@@ -136,10 +142,10 @@ impl Manager {
 
     fn open_channel(&mut self, client: u32) -> Result<Answer> {
         let number = self.number();
-        let owner = self.clients.get_mut(&client).ok_or(Errno::NOTCONN)?;
-        if owner.channels.len() >= MAX_CHANNELS {
+        if self.used(client, |owner| owner.channels.len()) >= MAX_CHANNELS {
             return Err(Errno::MFILE);
         }
+        let owner = self.clients.get_mut(&client).ok_or(Errno::NOTCONN)?;
         owner.channels.insert(number);
         self.channels.insert(number, Channel { client, events: VecDeque::new() });
         Ok(Answer::Channel(number))
@@ -220,10 +226,10 @@ impl Manager {
     /// Enters an id into the table, if its client may have one more.
     pub(super) fn add(&mut self, id: Id) -> Result<u32> {
         let number = self.number();
-        let owner = self.clients.get_mut(&id.client).ok_or(Errno::NOTCONN)?;
-        if owner.ids.len() >= MAX_IDS {
+        if self.used(id.client, |owner| owner.ids.len()) >= MAX_IDS {
             return Err(Errno::NOMEM);
         }
+        let owner = self.clients.get_mut(&id.client).ok_or(Errno::NOTCONN)?;
         owner.ids.insert(number);
         self.ids.insert(number, id);
         Ok(number)

@@ -250,7 +250,7 @@ mod cancellable {
     use std::ffi::{c_int, c_void};
     unsafe extern "C-unwind" {
         pub fn recv(fd: c_int, buf: *mut c_void, len: usize, flags: c_int) -> isize;
-        pub fn pause() -> c_int;
+        pub fn poll(fds: *mut libc::pollfd, count: libc::nfds_t, timeout: c_int) -> c_int;
     }
 }
 
@@ -265,11 +265,12 @@ unsafe fn wait(channel: *mut rdma_event_channel, session: &'static Session) -> b
     if got != 0 {
         return got > 0;
     }
-    // The router's end is closed. Either the router is gone, or another thread has destroyed the channel: then this
-    // one waits on, as a reader of a closed descriptor does, for the end of the process.
-    while !session.has_hung_up() {
-        // SAFETY: waits for a signal.
-        let _ = unsafe { cancellable::pause() };
+    // The router's end is closed. Either another thread has destroyed the channel: then this one waits on, as a
+    // reader of a closed descriptor does. Or the router is gone, and its connection ends, too, if not at once.
+    let mut rpc = libc::pollfd { fd: session.connection(), events: 0, revents: 0 };
+    while !session.is_dead() && rpc.revents == 0 {
+        // SAFETY: one structure; the descriptor is open as long as the session is not dead.
+        let _ = unsafe { cancellable::poll(&mut rpc, 1, -1) };
     }
     edge::set_errno(Errno::NODEV);
     false

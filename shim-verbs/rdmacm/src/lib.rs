@@ -15,6 +15,7 @@ mod event;
 mod id;
 mod info;
 mod modify;
+mod options;
 mod queues;
 mod resolve;
 mod session;

@@ -62,17 +62,16 @@ pub struct Session {
 }
 
 impl Session {
-    /// The process's session, connected at first use.
+    /// The process's session, connected at first use, and again when another router has taken the first one's place.
     pub fn current() -> Result<&'static Session> {
         let current = CURRENT.load(Ordering::Acquire);
-        if !current.is_null() {
-            // SAFETY: sessions are never freed.
-            return Ok(unsafe { &*current });
+        // SAFETY: NULL or a session; those are never freed.
+        if let Some(session) = unsafe { current.as_ref() }.filter(|session| !session.has_hung_up()) {
+            return Ok(session);
         }
         let fresh = Box::into_raw(Box::new(Session::connect()?));
-        let null = std::ptr::null_mut();
         // Pairs with the Acquire above: whoever sees the pointer sees the session.
-        match CURRENT.compare_exchange(null, fresh, Ordering::AcqRel, Ordering::Acquire) {
+        match CURRENT.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire) {
             // SAFETY: sessions are never freed once they are current.
             Ok(_) => Ok(unsafe { &*fresh }),
             Err(winner) => {
@@ -109,6 +108,11 @@ impl Session {
     /// Whether this is a parent's session, seen from a forked child.
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Relaxed)
+    }
+
+    /// The descriptor of the connection, for waiting on its end.
+    pub fn connection(&self) -> RawFd {
+        self.fds[0]
     }
 
     /// Whether the router has closed the connection.

@@ -130,3 +130,17 @@ fn forks_and_deaths_are_told_apart() {
 fn blocked_readers_can_be_cancelled() {
     run_with_router("threads");
 }
+
+#[test]
+fn a_blocked_reader_hears_of_the_routers_end() {
+    let Some(program) = compile("router_ends") else { return };
+    let router = Router::start("ends");
+    let mut command = command(&program, &[], &router.socket());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("timeout starts");
+    let mut ready = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+    stdout.read_line(&mut ready).expect("a line");
+    assert_eq!(ready, "ready\n");
+    drop(router);
+    assert_ok("router_ends", &child.wait_with_output().expect("it can be waited for"));
+}
