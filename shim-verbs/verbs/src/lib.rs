@@ -18,6 +18,7 @@ mod events;
 mod exports;
 mod fork;
 mod guard;
+mod madvise;
 mod marshal;
 mod mr;
 mod object;
