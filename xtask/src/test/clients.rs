@@ -22,6 +22,8 @@ pub struct Server {
 pub enum Check {
     /// A text in the client's output.
     Says(&'static str),
+    /// A text in either side's output.
+    Anywhere(&'static str),
     /// A text in neither side's output.
     NeverSays(&'static str),
     /// perftest's rows for all powers of two of this range, with no zero in them.
@@ -44,7 +46,7 @@ impl Client {
     }
 
     /// A server and its client with one command line, the client's followed by the server's address.
-    fn same(command: &str, checks: &[Check]) -> Self {
+    pub fn same(command: &str, checks: &[Check]) -> Self {
         let server = Server { command: command.to_owned(), ends: true };
         Self { server: Some(server), command: format!("{command} @c1"), checks: checks.to_vec() }
     }

@@ -51,6 +51,7 @@ fn judge(client: &Client, done: &Done) -> Outcome {
 fn passes(check: &Check, client: &str, all: &str) -> Outcome {
     match check {
         Check::Says(text) if !client.contains(text) => Err(format!("the client did not say {text:?}")),
+        Check::Anywhere(text) if !all.contains(text) => Err(format!("nobody said {text:?}")),
         Check::NeverSays(text) if all.contains(text) => Err(format!("it said {text:?}")),
         Check::Sizes(first, last) => sizes(client, *first, *last),
         _ => Ok(()),
@@ -162,6 +163,7 @@ mod tests {
     #[test]
     fn each_kind_of_check_can_fail() {
         assert!(passes(&Check::Says("x"), "y", "y").is_err());
+        assert!(passes(&Check::Anywhere("x"), "y", "y").is_err());
         assert!(passes(&Check::NeverSays("x"), "", "x").is_err());
         assert_eq!(passes(&Check::Says("x"), "xy", "xy"), Ok(()));
     }

@@ -2,6 +2,7 @@
 
 mod cargo;
 mod clients;
+mod examples;
 mod labs;
 
 use std::process::ExitCode;
@@ -62,6 +63,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     }
     for client in clients::all().iter().filter(|client| chosen(&client.name())) {
         tally.check(&client.name(), || labs::run_client(client));
+    }
+    if chosen(examples::HELLO) {
+        tally.check(examples::HELLO, examples::hello);
     }
     summary(&tally, filter, start)
 }

@@ -1,1 +1,0 @@
-//! Benchmarks: ratios against peers measured in the same run.

@@ -1,1 +1,0 @@
-//! Small programs that show FreeFlow from a user's side.
