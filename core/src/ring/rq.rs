@@ -218,8 +218,7 @@ impl<'a> RqShared<'a> {
             if state.phase != Phase::Claimed || state.owner != client {
                 continue;
             }
-            let lost =
-                Completion { status: crate::verbs::WcStatus::GeneralErr as u8, ..Completion::default() };
+            let lost = Completion { flags: Completion::LOST, ..Completion::default() };
             slot.set_completion(&lost);
             let done = SlotState { phase: Phase::Done, ..state }.pack();
             if slot.state.compare_exchange(word, done, Ordering::AcqRel, Ordering::Relaxed).is_ok() {

@@ -4,6 +4,7 @@
 //! Exported without a version, so that it stands in for the C library's wherever this library is searched first (as
 //! with LD_PRELOAD, or when the program itself is linked with libibverbs).
 
+use crate::guard::set_errno;
 use freeflow_core::client::mem::madvise_moved;
 use std::ffi::{c_int, c_void};
 
@@ -17,8 +18,7 @@ pub unsafe extern "C" fn madvise(addr: *mut c_void, len: usize, advice: c_int) -
         None => unsafe { libc::syscall(libc::SYS_madvise, addr, len, advice) as c_int },
         Some(Ok(())) => 0,
         Some(Err(errno)) => {
-            // SAFETY: errno is this thread's.
-            unsafe { *libc::__errno_location() = errno.raw_os_error() };
+            set_errno(errno.into());
             -1
         }
     }
