@@ -34,7 +34,10 @@ const RTS_RC: M = m(&[M::SQ_PSN, M::TIMEOUT, M::RETRY_CNT, M::RNR_RETRY, M::MAX_
 const LIVE_RC: M = m(&[ALT, M::CUR_STATE, M::ACCESS_FLAGS, M::MIN_RNR_TIMER, M::RATE_LIMIT]);
 const LIVE_UC: M = m(&[ALT, M::CUR_STATE, M::ACCESS_FLAGS, M::RATE_LIMIT]);
 const SQD_RC: M = m(&[
-    LIVE_RC,
+    ALT,
+    M::ACCESS_FLAGS,
+    M::MIN_RNR_TIMER,
+    M::RATE_LIMIT,
     M::AV,
     M::TIMEOUT,
     M::RETRY_CNT,
@@ -44,7 +47,7 @@ const SQD_RC: M = m(&[
     M::PKEY_INDEX,
     M::PORT,
 ]);
-const SQD_UC: M = m(&[LIVE_UC, M::AV, M::PKEY_INDEX]);
+const SQD_UC: M = m(&[ALT, M::ACCESS_FLAGS, M::RATE_LIMIT, M::AV, M::PKEY_INDEX]);
 const SQD_UD: M = m(&[M::PKEY_INDEX, M::QKEY]);
 
 const LIVE_UD: M = m(&[M::CUR_STATE, M::QKEY, M::RATE_LIMIT]);

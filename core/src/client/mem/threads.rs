@@ -1,6 +1,7 @@
 //! What the process's threads forbid: freezing their stacks and control blocks, and freezing anything at all
 //! while one of them blocks SIGSEGV.
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::ptr;
 use std::sync::Mutex;
@@ -96,9 +97,18 @@ fn control_block(tid: i32) -> Option<u64> {
     (r == 0 && head != 0).then_some(head)
 }
 
+thread_local! {
+    /// A stack stays where it is, and asking glibc for the first thread's reads all of /proc/self/maps.
+    static OWN_STACK: Cell<Option<(u64, u64)>> = const { Cell::new(None) };
+}
+
 /// The caller's stack as the thread library knows it, and whatever mapping it is running on now.
 fn own_stack(maps: &Maps) -> Result<Vec<(u64, u64)>, MemError> {
-    let (low, size) = pthread_stack().ok_or(MemError::NoProc(Errno::SRCH))?;
+    let (low, size) = match OWN_STACK.get() {
+        Some(known) => known,
+        None => pthread_stack().ok_or(MemError::NoProc(Errno::SRCH))?,
+    };
+    OWN_STACK.set(Some((low, size)));
     let mut zones = vec![(low, low + size)];
     let here = (&raw const zones) as u64;
     if !(low..low + size).contains(&here) {
