@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::verbs::AhAttr;
+use crate::verbs::{AhAttr, Gid};
 
 use super::pd::Pd;
 
@@ -15,20 +15,21 @@ pub struct Ah {
 }
 
 impl Pd {
-    /// ibv_create_ah(3): on an Ethernet link layer a global route is required.
+    /// ibv_create_ah(3)
     pub fn create_ah(self: &Arc<Self>, attr: AhAttr) -> Result<Arc<Ah>> {
-        check_ah(&attr)?;
+        let attr = resolve_ah(attr, self.context().gid())?;
         Ok(Arc::new(Ah { attr, _pd: Arc::clone(self) }))
     }
 }
 
-/// The rules for an address vector, of an AH or a connected QP.
-pub fn check_ah(attr: &AhAttr) -> Result<()> {
+/// Checks an address vector, of an AH or a connected QP, and finds the GID that a LID stands for.
+pub fn resolve_ah(attr: AhAttr, own: Gid) -> Result<AhAttr> {
     match attr {
-        AhAttr { is_global: false, .. } => {
-            Err(Error::Invalid("an address vector needs a GRH on Ethernet (is_global = 1)"))
+        AhAttr { port_num: 1, is_global: false, dlid, .. } => {
+            let dgid = own.neighbour(dlid);
+            Ok(AhAttr { dgid: dgid.ok_or(Error::Invalid("dlid must be between 1 and 0xbfff"))?, ..attr })
         }
-        AhAttr { port_num: 1, sgid_index: 0, .. } => Ok(()),
+        AhAttr { port_num: 1, sgid_index: 0, .. } => Ok(attr),
         AhAttr { port_num: 1, .. } => {
             Err(Error::Invalid("the GID table has one entry: sgid_index must be 0"))
         }

@@ -44,6 +44,8 @@ pub struct AhAttr {
     pub sl: u8,
     pub port_num: u8,
     pub is_global: bool,
+    /// The address, unless `is_global`.
+    pub dlid: u16,
 }
 
 /// `ibv_qp_cap`.

@@ -63,6 +63,9 @@ pub mod wc_flags {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gid(pub [u8; 16]);
 
+/// Unicast LIDs.
+const LIDS: std::ops::RangeInclusive<u16> = 1..=0xbfff;
+
 impl Gid {
     /// The GID of an address: `::ffff:a.b.c.d` or the IPv6 address itself.
     pub fn of(ip: std::net::IpAddr) -> Self {
@@ -75,6 +78,20 @@ impl Gid {
     /// The address of a GID.
     pub fn ip(self) -> std::net::IpAddr {
         std::net::IpAddr::V6(self.0.into()).to_canonical()
+    }
+
+    /// The local identifier of this GID: its last 16 bits, if they are in the unicast range (IBA 4.1.3), else 0, which is none.
+    /// Programs that know only LIDs reach the vIPs of their own /16 this way, with no table anywhere.
+    pub fn lid(self) -> u16 {
+        let last = u16::from_be_bytes([self.0[14], self.0[15]]);
+        if LIDS.contains(&last) { last } else { 0 }
+    }
+
+    /// The GID that a LID names, seen from this one.
+    pub fn neighbour(self, lid: u16) -> Option<Self> {
+        let mut gid = self;
+        gid.0[14..].copy_from_slice(&lid.to_be_bytes());
+        LIDS.contains(&lid).then_some(gid)
     }
 }
 
@@ -251,6 +268,14 @@ mod tests {
         assert_eq!(rnr_timer_us(0), 655_360);
         assert_eq!(ack_timeout_us(0), None);
         assert_eq!(ack_timeout_us(14), Some(67_108));
+    }
+
+    #[test]
+    fn a_lid_names_a_neighbour() {
+        let gid = |c, d| Gid::of(std::net::IpAddr::from([10, 0, c, d]));
+        assert_eq!(gid(1, 2).neighbour(gid(3, 4).lid()), Some(gid(3, 4)));
+        assert_eq!((gid(0, 0).lid(), gid(0xc0, 0).lid(), gid(0xff, 0xff).lid()), (0, 0, 0));
+        assert_eq!((gid(1, 2).neighbour(0), gid(1, 2).neighbour(0xc000)), (None, None));
     }
 
     #[test]

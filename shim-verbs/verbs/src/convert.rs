@@ -39,6 +39,7 @@ pub fn ah_from_c(attr: &ibv_ah_attr) -> AhAttr {
         sl: attr.sl,
         port_num: attr.port_num,
         is_global: attr.is_global != 0,
+        dlid: attr.dlid,
     }
 }
 
@@ -50,7 +51,8 @@ pub fn ah_to_c(ah: &AhAttr) -> ibv_ah_attr {
         hop_limit: ah.hop_limit,
         traffic_class: ah.traffic_class,
     };
-    ibv_ah_attr { grh, sl: ah.sl, is_global: ah.is_global.into(), port_num: ah.port_num, ..zeroed_ah_attr() }
+    let (is_global, dlid) = (ah.is_global.into(), ah.dlid);
+    ibv_ah_attr { grh, dlid, sl: ah.sl, is_global, port_num: ah.port_num, ..zeroed_ah_attr() }
 }
 
 pub fn caps_from_c(cap: &ibv_qp_cap) -> QpCaps {

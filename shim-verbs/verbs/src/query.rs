@@ -120,11 +120,11 @@ unsafe fn copy_sized<T>(from: &T, to: *mut T, size: usize) {
     unsafe { std::ptr::copy_nonoverlapping(std::ptr::from_ref(from).cast::<u8>(), to.cast::<u8>(), both) };
 }
 
-fn port_attr(port: u32) -> Result<ibv_port_attr> {
+fn port_attr(core: &client::Context, port: u32) -> Result<ibv_port_attr> {
     if port != u32::from(PORT) {
         return Err(EINVAL);
     }
-    // SAFETY: integers only: all zeroes is valid; a RoCE port has no LID, subnet manager or counters.
+    // SAFETY: integers only: all zeroes is valid; there is no subnet manager and no counter.
     let none: ibv_port_attr = unsafe { zeroed() };
     Ok(ibv_port_attr {
         state: IBV_PORT_ACTIVE,
@@ -134,6 +134,8 @@ fn port_attr(port: u32) -> Result<ibv_port_attr> {
         port_cap_flags: IBV_PORT_CM_SUP | IBV_PORT_IP_BASED_GIDS,
         max_msg_sz: limits::MESSAGE as u32,
         pkey_tbl_len: 1,
+        // Beyond RoCE: so that programs with no notion of GIDs work too. Those that know the flag below use the GID.
+        lid: core.gid().lid(),
         max_vl_num: 1,
         active_width: 2,  // 4X
         active_speed: 64, // HDR: 4 x 50 Gbit/s, the order of what shared memory does
@@ -147,14 +149,15 @@ fn port_attr(port: u32) -> Result<ibv_port_attr> {
 /// The exported function, for callers compiled with the 48-byte structure (slot 1 of the operations too).
 ///
 /// # Safety
-/// `attr` has room for the 48-byte structure.
+/// `context` is live and `attr` has room for the 48-byte structure.
 pub unsafe extern "C" fn ibv_query_port(
-    _: *mut ibv_context,
+    context: *mut ibv_context,
     port: u8,
     attr: *mut _compat_ibv_port_attr,
 ) -> c_int {
     guard::code(|| {
-        let answer = port_attr(port.into())?;
+        // SAFETY: the caller passes a live context.
+        let answer = port_attr(unsafe { context::core(context) }, port.into())?;
         // SAFETY: the caller's promise.
         unsafe { copy_sized(&answer, attr.cast(), COMPAT_PORT_ATTR_SIZE) };
         Ok(())
@@ -163,13 +166,14 @@ pub unsafe extern "C" fn ibv_query_port(
 
 /// Behind the ibv_query_port macro: `size` is the client's sizeof.
 pub unsafe extern "C" fn port_ex(
-    _: *mut ibv_context,
+    context: *mut ibv_context,
     port: u8,
     attr: *mut ibv_port_attr,
     size: usize,
 ) -> c_int {
     guard::code(|| {
-        let answer = port_attr(port.into())?;
+        // SAFETY: the caller passes a live context.
+        let answer = port_attr(unsafe { context::core(context) }, port.into())?;
         // SAFETY: the caller has `size` bytes there.
         unsafe { copy_sized(&answer, attr, size) };
         Ok(())

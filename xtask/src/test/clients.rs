@@ -71,6 +71,7 @@ fn devices() -> Vec<Client> {
 fn pingpongs() -> Vec<Client> {
     let rc = [Says("1000 iters in"), NeverSays("invalid data")];
     vec![
+        Client::same("ibv_rc_pingpong", &rc),
         Client::same("ibv_rc_pingpong -g 0", &rc),
         Client::same("ibv_rc_pingpong -g 0 -e", &rc),
         Client::same("ibv_rc_pingpong -g 0 -c", &rc),

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::sync::Ordering;
 use crate::verbs::{QpAttr, QpAttrMask as Mask, QpState, QpType, limits, transition};
 
-use super::super::ah::check_ah;
+use super::super::ah::resolve_ah;
 use super::super::events::{AsyncEvent, AsyncKind};
 use super::Qp;
 
@@ -26,9 +26,12 @@ impl Qp {
                 "attr_mask lacks a required attribute or has one that this transition forbids",
             ));
         }
-        self.check_values(new, mask)?;
+        Self::check_values(new, mask)?;
         let mut next = *attr;
         next.update(new, mask);
+        if mask.contains(Mask::AV) {
+            next.ah = resolve_ah(next.ah, self.context().gid())?;
+        }
         match to {
             QpState::Reset => {
                 self.reset();
@@ -55,7 +58,7 @@ impl Qp {
         Ok(())
     }
 
-    fn check_values(&self, new: &QpAttr, mask: Mask) -> Result<()> {
+    fn check_values(new: &QpAttr, mask: Mask) -> Result<()> {
         let given = |flag: Mask, bad: bool| mask.contains(flag) && bad;
         let rules = [
             (given(Mask::PORT, new.port_num != 1), "port_num must be 1"),
@@ -77,10 +80,7 @@ impl Qp {
             (mask.contains(Mask::ALT_PATH), "there is no alternate path"),
             (mask.contains(Mask::PATH_MIG_STATE), "there is no path migration"),
         ];
-        if let Some((_, why)) = rules.iter().find(|(bad, _)| *bad) {
-            return Err(Error::Invalid(why));
-        }
-        if mask.contains(Mask::AV) { check_ah(&new.ah) } else { Ok(()) }
+        rules.iter().find(|(bad, _)| *bad).map_or(Ok(()), |(_, why)| Err(Error::Invalid(why)))
     }
 
     /// Attributes that peers read.
