@@ -87,8 +87,7 @@ pub struct Daemon {
     admin_thread: Option<JoinHandle<()>>,
     main: Option<Listener>,
     _admin_file: SocketFile,
-    /// Locked: one router per directory.
-    _dir: OwnedFd,
+    _dir: DirLock,
 }
 
 impl Daemon {
@@ -140,12 +139,22 @@ impl Drop for Daemon {
 }
 
 /// One router per directory: `admin.sock` is one, and two that start at once must not both find the sockets stale.
-fn lock(dir: &Path, socket: &Path) -> Result<OwnedFd, Error> {
+#[derive(Debug)]
+struct DirLock(OwnedFd);
+
+impl Drop for DirLock {
+    fn drop(&mut self) {
+        // Closing is not enough while a child that was just forked has the descriptor too. It cannot fail.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+fn lock(dir: &Path, socket: &Path) -> Result<DirLock, Error> {
     let failed = || system::<Errno>(format!("cannot lock {}", dir.display()));
     let fd = rustix::fs::open(dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let fd = fd.map_err(failed())?;
     match flock(&fd, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(fd),
+        Ok(()) => Ok(DirLock(fd)),
         Err(Errno::WOULDBLOCK) => Err(ListenError::Running(socket.to_owned()).into()),
         Err(errno) => Err(failed()(errno)),
     }

@@ -108,7 +108,7 @@ impl State {
 mod tests {
     use super::super::testing::*;
     use super::super::*;
-    use freeflow_core::ring::{RqShared, Taken};
+    use freeflow_core::ring::{Completion, RqShared, Taken};
     use freeflow_core::sync::AtomicU32;
     use freeflow_core::verbs::QpType;
 
@@ -170,6 +170,6 @@ mod tests {
         assert_eq!(w.state.outbox.bells.len(), 1);
         let slab = &w.state.slabs.get(info.slab).expect("slab").1.map;
         let rq = RqShared::new(slab.slice(info.rq_off.into(), info.rq_depth as usize).expect("slots"));
-        assert!(matches!(rq.take(0, false, false), Some(Taken::Done(c, _)) if c.status != 0));
+        assert!(matches!(rq.take(0, false, false), Some(Taken::Done(c, _)) if c.flags == Completion::LOST));
     }
 }
