@@ -19,15 +19,16 @@ pub fn run_client(client: &Client) -> Outcome {
 }
 
 /// The lab's arguments. A server that ends by itself is waited for: it reports through a pipe in its container's /tmp
-/// to a third command, whose end ends the lab.
+/// to a third command, whose end ends the lab. The client, which may be a moment later, ignores the SIGTERM that this
+/// brings: it would lose the output it has not written yet.
 fn arguments(client: &Client) -> Vec<String> {
     let run = |container: &str, command: &str| vec!["--run".to_owned(), format!("{container}={command}")];
     match &client.server {
         None => run("c2", &client.command),
         Some(server) if server.ends => {
             let report = format!("mkfifo /tmp/end; {}; s=$?; echo $s >/tmp/end; exit $s", server.command);
-            [run("c1", &report), run("c2", &client.command), run("c1", "read -r s </tmp/end; exit $s")]
-                .concat()
+            let unhurried = format!("trap '' TERM; {}", client.command);
+            [run("c1", &report), run("c2", &unhurried), run("c1", "read -r s </tmp/end; exit $s")].concat()
         }
         Some(server) => [run("c1", &server.command), run("c2", &client.command)].concat(),
     }
