@@ -170,8 +170,10 @@ fn clone(root: &Path) -> Result<()> {
 /// The commands of README's first run, in the new root.
 fn enter(root: &Path, toolchain: &Toolchain) -> Command {
     // rbind: runc needs this machine's cgroups, and /proc must be whole for containers to mount their own.
+    // The root is bound to itself because a container's root can only be exchanged where / is a mount point.
     const SCRIPT: &str = r#"
         set -e
+        mount --bind "$ROOT" "$ROOT"
         for dir in proc sys dev; do mount --rbind /$dir "$ROOT/$dir"; done
         mount -t tmpfs tmpfs "$ROOT/run"
         mount -t tmpfs tmpfs "$ROOT/tmp"
