@@ -45,7 +45,7 @@ pub fn run(name: Name) -> Result<ExitCode> {
 
 fn fresh() -> Result<ExitCode> {
     if !rustix::process::geteuid().is_root() {
-        return Err(Failure::new("soak fresh needs root: it makes a Debian root and enters it with chroot"));
+        return Err(Failure::new("soak fresh needs root: it makes a Debian root and enters it"));
     }
     packages::ensure(&[packages::FRESH])?;
     let toolchain = Toolchain::find()?;
@@ -87,7 +87,7 @@ impl Toolchain {
     }
 }
 
-/// The new root's directory, removed at the end. Its mounts live in a mount namespace of the chroot's process only.
+/// The new root's directory, removed at the end. Its mounts live in a mount namespace of their own.
 struct Root(PathBuf);
 
 impl Root {
@@ -126,7 +126,7 @@ fn sources() -> Vec<PathBuf> {
 
 fn bootstrap(root: &Path) -> Result<()> {
     let mut command = Command::new("mmdebstrap");
-    command.args(["--variant=apt", "--quiet"]).arg(format!("--include={TOOLCHAIN_PACKAGES}"));
+    command.args(["--variant=minbase", "--quiet"]).arg(format!("--include={TOOLCHAIN_PACKAGES}"));
     // Options that matter to a download only; hooks of this machine stay here.
     for file in files("/etc/apt/apt.conf.d", &[]).iter().filter(|file| mentions_acquire(file)) {
         command.arg(format!("--aptopt={}", file.display()));
@@ -169,8 +169,8 @@ fn clone(root: &Path) -> Result<()> {
 
 /// The commands of README's first run, in the new root.
 fn enter(root: &Path, toolchain: &Toolchain) -> Command {
-    // rbind: runc needs this machine's cgroups, and /proc must be whole for containers to mount their own.
-    // The root is bound to itself because a container's root can only be exchanged where / is a mount point.
+    // rbind: runc needs this machine's cgroups, and /proc must be whole for containers to mount their own. pivot_root: the
+    // kernel gives no user namespace to a process in a plain chroot.
     const SCRIPT: &str = r#"
         set -e
         mount --bind "$ROOT" "$ROOT"
@@ -179,9 +179,12 @@ fn enter(root: &Path, toolchain: &Toolchain) -> Command {
         mount -t tmpfs tmpfs "$ROOT/tmp"
         mkdir -p "$ROOT/opt/rust"
         mount --bind -o ro "$SYSROOT" "$ROOT/opt/rust"
-        exec chroot "$ROOT" sh -ec '
+        cd "$ROOT"
+        pivot_root . mnt
+        cd /root/freeflow
+        umount -l /mnt
+        exec sh -ec '
             export PATH=/opt/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-            cd /root/freeflow
             cargo xtask demo
             exec cargo xtask test'
     "#;
