@@ -279,7 +279,8 @@ impl PrivateRecv {
         let room: u64 = self.sges().map(|sge| u64::from(sge.length)).sum();
         let fits = u64::from(said.byte_len) <= if inline { room.min(INLINE_BYTES as u64) } else { room };
         let status = WcStatus::try_from(u32::from(said.status)).unwrap_or(WcStatus::GeneralErr);
-        let sane = write || fits || status != WcStatus::Success;
+        // An inline payload is copied by that length, whatever the opcode.
+        let sane = fits || (write && !inline) || status != WcStatus::Success;
         wc.status = if sane { status } else { WcStatus::BadRespErr } as u32;
         wc.opcode = if write { WcOpcode::RecvRdmaWithImm } else { WcOpcode::Recv } as u32;
         wc.byte_len = said.byte_len;
@@ -305,6 +306,53 @@ impl PrivateRecv {
             // SAFETY: the lkey was just checked for LOCAL_WRITE over the whole entry, which is at least as long.
             unsafe { copy_out(LocalBytes { addr: va, len: now.len() }, from) };
             rest = later;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shm::{Mapping, make_memfd};
+
+    const DEPTH: usize = 4;
+
+    fn lanes() -> Arc<Lanes> {
+        let fd = make_memfd("lanes", 8192).expect("memfd");
+        let map = Arc::new(Mapping::new(fd, 0, 8192, true).expect("mapping"));
+        let shared = View::new(Arc::clone(&map), 0, 1).expect("header");
+        let recv = RecvLane::new(View::new(map, 4096, DEPTH).expect("slots"));
+        let lanes = Lanes::new(QpType::Rc, shared, SendLane::new(4), recv, Weak::new());
+        lanes.set_state(QpState::Rts);
+        lanes
+    }
+
+    fn poll(lanes: &Lanes) -> Option<Wc> {
+        lanes.poll_recv(&LocalTable::new(&[], 0))
+    }
+
+    #[test]
+    fn nonsense_in_a_completion_is_an_error_at_most() {
+        let lanes = lanes();
+        let head = &lanes.shared[0].head;
+        let words = [0u8, 1, 5, 0x7f, 0x80, 0x81, 0xc1, 0xff];
+        for i in 0..words.len().pow(3) {
+            let (opcode, flags, status) = (words[i / 64], words[i / 8 % 8], words[i % 8]);
+            let buffer = Sge { addr: 0, length: 64, lkey: 1 };
+            assert!(lanes.recv.post(i as u64, &[buffer], DEPTH as u32));
+            let claim = lanes.recv.ring().claim(head, 1).expect("posted");
+            let byte_len = u32::MAX - i as u32;
+            claim.complete(&Completion { status, opcode, flags, byte_len, ..Completion::default() });
+            let wc = loop {
+                if let Some(wc) = poll(&lanes) {
+                    break wc;
+                }
+                // said to be lost: posted anew
+                let claim = lanes.recv.ring().claim(head, 1).expect("posted anew");
+                claim.complete(&Completion { status: 1, ..Completion::default() });
+            };
+            assert_eq!(wc.wr_id, i as u64);
+            assert!(wc.status != 0 || wc.opcode == WcOpcode::RecvRdmaWithImm as u32, "{wc:?}");
         }
     }
 }
