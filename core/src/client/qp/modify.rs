@@ -39,6 +39,7 @@ impl Qp {
             _ => {}
         }
         *attr = next;
+        self.lock_send().set_patience(&next);
         drop(attr);
         self.publish(&next);
         if !matches!(to, QpState::Reset | QpState::Err) {

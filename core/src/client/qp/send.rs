@@ -13,7 +13,7 @@ use crate::ring::{QpShared, RqShared};
 use crate::shm::{LocalBytes, SharedBytes, copy_in};
 use crate::sync::Ordering;
 use crate::verbs::{
-    QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits, rnr_timer_us,
+    QpAttr, QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits, rnr_timer_us,
 };
 
 use super::super::stall::Stall;
@@ -48,6 +48,15 @@ pub struct SendSide {
     stall: Stall,
     /// On the context's list of stalled queues.
     listed: bool,
+    patience: Patience,
+}
+
+/// How long a request may wait: attributes of the QP, here because modify holds theirs while it takes the send lock.
+#[derive(Debug, Clone, Copy, Default)]
+struct Patience {
+    timeout: u8,
+    retry_cnt: u8,
+    rnr_retry: u8,
 }
 
 impl SendSide {
@@ -58,7 +67,13 @@ impl SendSide {
             progress: Progress::default(),
             stall: Stall::None,
             listed: false,
+            patience: Patience::default(),
         }
+    }
+
+    pub fn set_patience(&mut self, attr: &QpAttr) {
+        let QpAttr { timeout, retry_cnt, rnr_retry, .. } = *attr;
+        self.patience = Patience { timeout, retry_cnt, rnr_retry };
     }
 
     pub fn reset(&mut self) {
@@ -253,7 +268,7 @@ impl Qp {
             Outcome::Absent => {
                 let deadline = match before {
                     Stall::Absent { deadline } => deadline,
-                    _ => self.retry_deadline(),
+                    _ => side.patience.retry_deadline(),
                 };
                 side.stall = Stall::Absent { deadline };
                 expired(deadline).then_some(WcStatus::RetryExcErr)
@@ -270,22 +285,16 @@ impl Qp {
     }
 
     fn rnr_deadline(&self, side: &mut SendSide) -> Option<Instant> {
-        let attr = self.query();
-        if attr.rnr_retry == RNR_FOREVER {
+        let rnr_retry = side.patience.rnr_retry;
+        if rnr_retry == RNR_FOREVER {
             return None;
         }
         let timer = side
             .route
             .find(&Target::Receive)
             .map_or(0, |(p, _)| p.peer.qp[0].rnr_timer.load(Ordering::Relaxed));
-        let wait = Duration::from_micros(rnr_timer_us(timer)) * u32::from(attr.rnr_retry);
+        let wait = Duration::from_micros(rnr_timer_us(timer)) * u32::from(rnr_retry);
         Some(Instant::now() + wait)
-    }
-
-    fn retry_deadline(&self) -> Option<Instant> {
-        let attr = self.query();
-        let timeout = ack_timeout_us(u32::from(attr.timeout))?;
-        Some(Instant::now() + Duration::from_micros(timeout) * (u32::from(attr.retry_cnt) + 1))
     }
 
     /// The head of the queue ended.
@@ -343,6 +352,13 @@ impl Qp {
             side.listed = false;
         }
         !side.listed
+    }
+}
+
+impl Patience {
+    fn retry_deadline(self) -> Option<Instant> {
+        let timeout = ack_timeout_us(u32::from(self.timeout))?;
+        Some(Instant::now() + Duration::from_micros(timeout) * (u32::from(self.retry_cnt) + 1))
     }
 }
 
