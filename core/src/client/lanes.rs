@@ -3,7 +3,7 @@
 //! A CQ holds no entries of its own. Polling walks the lanes of the QPs attached to it and builds completions from
 //! private memory (wr_id, lists) and, for receives, the few words a peer wrote. Order is kept per lane.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use arrayvec::ArrayVec;
 
@@ -65,6 +65,8 @@ pub struct Lanes {
     pub recv: RecvLane,
     /// A `QpState`: the private truth; the shared header only tells peers.
     state: AtomicU32,
+    /// Held while the state changes: the program, a poller and the helper may each have a reason at once.
+    changing: Mutex<()>,
     /// The peer process is dead: what it was filling is lost.
     pub orphaned: AtomicBool,
     /// A message arrived in RTR and the program was told.
@@ -184,7 +186,8 @@ impl Lanes {
     ) -> Arc<Self> {
         let state = AtomicU32::new(QpState::Reset as u32);
         let (orphaned, established) = (AtomicBool::new(false), AtomicBool::new(false));
-        Arc::new(Lanes { qpn: AtomicU32::new(0), kind, shared, send, recv, state, orphaned, established, qp })
+        let (qpn, changing) = (AtomicU32::new(0), Mutex::default());
+        Arc::new(Lanes { qpn, kind, shared, send, recv, state, changing, orphaned, established, qp })
     }
 
     pub fn qpn(&self) -> u32 {
@@ -202,11 +205,21 @@ impl Lanes {
 
     /// Sets the state here and for peers.
     pub fn set_state(&self, state: QpState) {
-        if state == QpState::Reset {
+        self.change_state(state, |_| true);
+    }
+
+    /// The same, if the present state may still become that. False: somebody else was faster.
+    pub fn change_state(&self, to: QpState, may: impl FnOnce(QpState) -> bool) -> bool {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !may(self.state()) {
+            return false;
+        }
+        if to == QpState::Reset {
             self.established.store(false, Ordering::Relaxed);
         }
-        self.state.store(state as u32, Ordering::Release);
-        self.shared[0].state.store(state as u32, Ordering::SeqCst);
+        self.state.store(to as u32, Ordering::Release);
+        self.shared[0].state.store(to as u32, Ordering::SeqCst);
+        true
     }
 
     pub fn poll_send(&self) -> Option<Wc> {
@@ -354,5 +367,14 @@ mod tests {
             assert_eq!(wc.wr_id, i as u64);
             assert!(wc.status != 0 || wc.opcode == WcOpcode::RecvRdmaWithImm as u32, "{wc:?}");
         }
+    }
+
+    #[test]
+    fn a_failed_queue_is_not_brought_back() {
+        let lanes = lanes();
+        lanes.set_state(QpState::Err);
+        assert!(!lanes.change_state(QpState::Rts, |now| now == QpState::Rtr));
+        assert_eq!(lanes.state(), QpState::Err);
+        assert_eq!(lanes.shared[0].state.load(Ordering::Relaxed), QpState::Err as u32);
     }
 }

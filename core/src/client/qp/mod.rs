@@ -1,6 +1,6 @@
 //! Queue pairs: creation, state, errors. Sending and receiving are in `send` and `recv`, transitions in `modify`.
 //!
-//! Lock order: a CQ's lock, then a QP's send lock. The list of stalled queues is never taken with either held.
+//! Lock order: a QP's attributes, then a CQ's lock, then a QP's send lock. The list of stalled queues is never taken with either held.
 
 mod modify;
 mod queue;
@@ -194,10 +194,10 @@ impl Qp {
 
     /// Moves to ERR: everything queued is flushed, sleepers are woken.
     pub(super) fn enter_error(self: &Arc<Self>) {
-        if matches!(self.state(), QpState::Err | QpState::Reset) {
+        let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
+        if !self.lanes.change_state(QpState::Err, lives) {
             return;
         }
-        self.lanes.set_state(QpState::Err);
         self.progress(false);
         self.recv_cq.completed(self.recv_bit, true);
     }

@@ -42,8 +42,9 @@ impl Qp {
         self.lock_send().set_patience(&next);
         drop(attr);
         self.publish(&next);
-        if !matches!(to, QpState::Reset | QpState::Err) {
-            self.lanes.set_state(to);
+        let lasting = |now| now == from || now == to;
+        if !matches!(to, QpState::Reset | QpState::Err) && !self.lanes.change_state(to, lasting) {
+            return Err(Error::Invalid("the QP failed meanwhile (ibv_query_qp tells its state)"));
         }
         if to == QpState::Sqd && mask.contains(Mask::EN_SQD_ASYNC_NOTIFY) {
             // Whoever runs a request holds the lock; when we have it none is running.
@@ -102,10 +103,10 @@ impl Qp {
         shared.peer_qpn.store(dest_qpn, Ordering::Relaxed);
         self.lock_send().route.dest = connected.then_some((dgid, dest_qpn));
         self.ask_again.store(true, Ordering::Release);
-        self.lanes.set_state(QpState::Rtr);
+        self.lanes.change_state(QpState::Rtr, |now| now == QpState::Init);
         let told = self.context().conn.ask(&Connect { qpn: self.qpn(), dest_qpn, dgid: dgid.0 });
         if told.is_err() {
-            self.lanes.set_state(QpState::Init);
+            self.lanes.change_state(QpState::Init, |now| now == QpState::Rtr);
         }
         told.map(|_| ())
     }

@@ -327,10 +327,10 @@ impl Qp {
 
     /// A send ended in error: a connected QP goes to ERR, a datagram QP's send queue to SQE.
     fn send_failed(&self) {
+        let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
         if self.kind() == QpType::Ud {
-            self.lanes.set_state(QpState::Sqe);
-        } else if self.state() != QpState::Err {
-            self.lanes.set_state(QpState::Err);
+            self.lanes.change_state(QpState::Sqe, |now| now == QpState::Rts);
+        } else if self.lanes.change_state(QpState::Err, lives) {
             self.recv_cq.completed(self.recv_bit, true);
         }
     }
