@@ -12,18 +12,19 @@ use super::Qp;
 impl Qp {
     /// ibv_post_recv(3), one request.
     pub fn post_recv(self: &Arc<Self>, wr_id: u64, sges: &[Sge]) -> Result<(), Errno> {
-        let state = self.state();
-        if state == QpState::Reset || sges.len() > self.caps.max_recv_sge as usize {
+        let posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state() == QpState::Reset || sges.len() > self.caps.max_recv_sge as usize {
             return Err(Errno::INVAL);
         }
-        let posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.lanes.recv.post(wr_id, sges, self.caps.max_recv_wr) {
             return Err(Errno::NOMEM);
         }
         drop(posting);
-        if state == QpState::Err {
+        let wanted = self.lanes.shared[0].receive_posted();
+        // Behind the fence in there: whoever moves to ERR after this look announces the flush, and that finds the receive.
+        if self.state() == QpState::Err {
             self.recv_cq.completed(self.recv_bit, true);
-        } else if self.kind() != QpType::Ud && self.lanes.shared[0].receive_posted() {
+        } else if wanted && self.kind() != QpType::Ud {
             self.tell_sender();
         }
         Ok(())

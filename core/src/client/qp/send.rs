@@ -101,13 +101,14 @@ pub fn gather_inline(sges: &[Sge], buffer: &mut [u8]) -> u32 {
 impl Qp {
     /// ibv_post_send(3), one request.
     pub fn post_send(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
+        self.check_wr(wr)?;
+        let wr = &SendWr { target: self.own_qkey(wr.target), ..*wr };
+        let mut side = self.lock_send();
+        // Asked under the lock: a request behind one that failed is flushed, whichever thread posts it.
         let state = self.state();
         if matches!(state, QpState::Reset | QpState::Init | QpState::Rtr) {
             return Err(Errno::INVAL);
         }
-        self.check_wr(wr)?;
-        let wr = &SendWr { target: self.own_qkey(wr.target), ..*wr };
-        let mut side = self.lock_send();
         if self.lanes.send.used(side.queue.posted) >= self.caps.max_send_wr {
             return Err(Errno::NOMEM);
         }
