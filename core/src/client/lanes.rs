@@ -67,8 +67,8 @@ pub struct Lanes {
     state: AtomicU32,
     /// Held while the state changes: the program, a poller and the helper may each have a reason at once.
     changing: Mutex<()>,
-    /// The peer process is dead: what it was filling is lost.
-    pub orphaned: AtomicBool,
+    /// No peer fills a receive any more: it is dead, or this QP is in ERR and the last copy has ended.
+    pub deserted: AtomicBool,
     /// A message arrived in RTR and the program was told.
     established: AtomicBool,
     pub qp: Weak<Qp>,
@@ -185,9 +185,9 @@ impl Lanes {
         qp: Weak<Qp>,
     ) -> Arc<Self> {
         let state = AtomicU32::new(QpState::Reset as u32);
-        let (orphaned, established) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (deserted, established) = (AtomicBool::new(false), AtomicBool::new(false));
         let (qpn, changing) = (AtomicU32::new(0), Mutex::default());
-        Arc::new(Lanes { qpn, kind, shared, send, recv, state, changing, orphaned, established, qp })
+        Arc::new(Lanes { qpn, kind, shared, send, recv, state, changing, deserted, established, qp })
     }
 
     pub fn qpn(&self) -> u32 {
@@ -241,10 +241,10 @@ impl Lanes {
             return None;
         }
         let flush = self.state() == QpState::Err;
-        let orphaned = flush && self.orphaned.load(Ordering::Relaxed);
+        let deserted = flush && self.deserted.load(Ordering::Acquire);
         let mine = lane.slot(seq);
         let mut wc = Wc { wr_id: mine.wr_id.load(Ordering::Relaxed), qp_num: self.qpn(), ..Wc::default() };
-        let mut taken = lane.ring().take(seq, flush, orphaned)?;
+        let mut taken = lane.ring().take(seq, flush, deserted)?;
         if matches!(&taken, Taken::Done(said, _) if said.flags & Completion::LOST != 0) {
             self.post_anew(seq);
             taken = if flush { lane.ring().take(seq, true, true)? } else { return None };

@@ -11,7 +11,7 @@ mod run;
 
 pub use local::LocalTable;
 pub use peer::{FarCopy, Peer, PeerMemory, Reach};
-pub use run::{Env, Outcome, execute};
+pub use run::{Env, Outcome, abandon, execute};
 
 use crate::verbs::{Gid, SendFlags, SendOp, Sge};
 

@@ -58,7 +58,9 @@ pub fn execute<M: PeerMemory>(
 ) -> Outcome {
     let mut gathered = Gathered::default();
     if let Err(status) = gathered.gather(request, &env.local) {
-        abandon(progress, env);
+        if let Some(peer) = &env.peer {
+            abandon(progress, peer, env.memory, env.qpn, env.client);
+        }
         return Outcome::failed(status);
     }
     if let Target::Datagram(dest) = request.target {
@@ -88,11 +90,22 @@ fn serves(peer: &Peer<'_>, qpn: u32) -> bool {
         && peer.qp.peer_qpn.load(Ordering::Relaxed) == qpn
 }
 
-/// Gives a half-filled receive back when its sender failed locally.
-fn abandon<M: PeerMemory>(progress: &mut Progress, env: &mut Env<'_, M>) {
-    let (Some(suspended), Some(peer)) = (progress.claim.take(), env.peer) else { return };
-    if let Some(claim) = Claim::resume(peer.rq, suspended, env.client) {
-        give_back(claim, &peer, env.memory);
+/// Gives a half-filled receive back when its request ends early.
+pub fn abandon<M: PeerMemory>(
+    progress: &mut Progress,
+    peer: &Peer<'_>,
+    memory: &mut M,
+    qpn: u32,
+    client: u32,
+) {
+    let Some(suspended) = progress.claim.take() else { return };
+    let _in_flight = peer.qp.enter();
+    // A peer that serves us no more has taken it back, or will; the slot may be another sender's by now.
+    if !serves(peer, qpn) {
+        return;
+    }
+    if let Some(claim) = Claim::resume(peer.rq, suspended, client) {
+        give_back(claim, peer, memory);
     }
 }
 
@@ -182,7 +195,9 @@ fn write<M: PeerMemory>(
         match target(peer, rkey, Access::REMOTE_WRITE, addr, from.total) {
             Ok(found) => remote = Some(found),
             Err(status) => {
-                abandon(progress, env);
+                if let Some(claim) = resume(progress, peer, env) {
+                    give_back(claim, peer, env.memory);
+                }
                 return violation(env, status);
             }
         }
@@ -315,9 +330,14 @@ fn scatter_old(old: u64, to: &Gathered) {
     }
 }
 
+/// The receive that an earlier call began to fill.
+fn resume<'a, M>(progress: &mut Progress, peer: &Peer<'a>, env: &Env<'_, M>) -> Option<Claim<'a>> {
+    progress.claim.take().and_then(|s| Claim::resume(peer.rq, s, env.client))
+}
+
 /// Claims a receive, or takes up the one of an earlier call.
 fn take_receive<'a, M>(progress: &mut Progress, peer: &Peer<'a>, env: &Env<'_, M>) -> Option<Claim<'a>> {
-    let resumed = progress.claim.take().and_then(|s| Claim::resume(peer.rq, s, env.client));
+    let resumed = resume(progress, peer, env);
     if resumed.is_none() {
         progress.moved = 0;
     }

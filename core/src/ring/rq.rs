@@ -176,8 +176,8 @@ impl<'a> RqShared<'a> {
     }
 
     /// Owner: takes receive `seq` if it is complete. With `flush`, a receive that still waits is taken back, and with
-    /// `orphaned` (the sender is dead) one that is being filled as well.
-    pub fn take(&self, seq: u32, flush: bool, orphaned: bool) -> Option<Taken<'a>> {
+    /// `deserted` (nobody fills any more) one that a sender had claimed as well.
+    pub fn take(&self, seq: u32, flush: bool, deserted: bool) -> Option<Taken<'a>> {
         let slot = self.slot(seq)?;
         // Acquire: partner is the release store of Claim::complete.
         let word = slot.state.load(Ordering::Acquire);
@@ -185,7 +185,7 @@ impl<'a> RqShared<'a> {
         let flushable = match state.phase {
             Phase::Done => return Some(Taken::Done(slot.completion(), SlotPayload(slot))),
             Phase::Posted => flush,
-            Phase::Claimed => flush && orphaned,
+            Phase::Claimed => flush && deserted,
             Phase::Free | Phase::Flushed => flush, // only scribbling gets here: the receive is lost, not the queue
         };
         if !flushable {

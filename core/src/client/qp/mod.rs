@@ -18,14 +18,14 @@ use crate::error::{Error, Result};
 use crate::ring::{QpShared, RecvSlot};
 use crate::shm::View;
 use crate::sync::{AtomicBool, Ordering};
-use crate::verbs::{QpAttr, QpCaps, QpState, QpType, limits};
+use crate::verbs::{Gid, QpAttr, QpCaps, QpState, QpType, limits};
 
 use super::context::Context;
 use super::cq::Cq;
 use super::events::{AsyncEvent, AsyncKind};
 use super::fork;
 use super::lanes::{Lanes, RecvLane, SendLane};
-use super::pd::Pd;
+use super::pd::{Pd, QUIESCE};
 use super::slab::{Block, BlockKind};
 use send::SendSide;
 
@@ -199,7 +199,21 @@ impl Qp {
             return;
         }
         self.progress(false);
+        let dest = self.lock_send().route.dest;
+        self.stop_receiving(dest);
+    }
+
+    /// In ERR: when the copy that may be running has ended nobody fills a receive any more, and all of them flush.
+    fn stop_receiving(&self, dest: Option<(Gid, u32)>) {
+        if self.kind() != QpType::Ud {
+            // A peer that does not end its copy in time gets no more of it than at deregistration.
+            self.quiesce(Instant::now() + QUIESCE);
+            self.lanes.deserted.store(true, Ordering::Release);
+        }
         self.recv_cq.completed(self.recv_bit, true);
+        if self.lanes.shared[0].receive_posted() {
+            self.tell_sender(dest); // it waits for a receive that does not come
+        }
     }
 
     /// Moves to ERR for a reason the program hears of by an asynchronous event.
@@ -218,7 +232,7 @@ impl Qp {
 
     /// The peer's process died.
     pub(super) fn orphan(self: &Arc<Self>) {
-        self.lanes.orphaned.store(true, Ordering::Relaxed);
+        self.lanes.deserted.store(true, Ordering::Release);
         self.forget_peer();
         self.fail(AsyncKind::QpFatal);
     }
@@ -250,7 +264,7 @@ impl Qp {
                     }
                 },
             };
-            if quiet || self.lanes.orphaned.load(Ordering::Relaxed) {
+            if quiet || self.lanes.deserted.load(Ordering::Relaxed) {
                 return true;
             }
             if Instant::now() >= deadline {
@@ -282,7 +296,10 @@ impl Qp {
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
         self.quiesce(Instant::now() + std::time::Duration::from_millis(100));
         // Whoever runs a request holds the lock; with it in hand none runs, and none will.
-        self.lock_send().reset();
+        let mut side = self.lock_send();
+        self.give_up(&mut side);
+        side.reset();
+        drop(side);
         context.events.withdraw(self.cookie);
         context.slabs.free(self.block.clone());
     }

@@ -126,12 +126,13 @@ impl Qp {
         let empty = || {
             let mut side = self.lock_send();
             let _posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
+            self.give_up(&mut side);
             side.reset();
             self.lanes.send.reset();
             let shared = &self.lanes.shared[0];
             self.lanes.recv.reset(shared);
             shared.peer_qpn.store(0, Ordering::Relaxed);
-            self.lanes.orphaned.store(false, Ordering::Relaxed);
+            self.lanes.deserted.store(false, Ordering::Relaxed);
         };
         // Both CQs held still, in one order for everybody.
         let (a, b) = (&self.send_cq, &self.recv_cq);

@@ -5,7 +5,7 @@ use std::sync::{Arc, PoisonError};
 use rustix::io::Errno;
 
 use crate::ctl::{Ring, ring};
-use crate::verbs::{QpState, QpType, Sge};
+use crate::verbs::{Gid, QpState, QpType, Sge};
 
 use super::Qp;
 
@@ -25,14 +25,15 @@ impl Qp {
         if self.state() == QpState::Err {
             self.recv_cq.completed(self.recv_bit, true);
         } else if wanted && self.kind() != QpType::Ud {
-            self.tell_sender();
+            let dest = self.lock_send().route.dest;
+            self.tell_sender(dest);
         }
         Ok(())
     }
 
     /// A send of the peer has waited long enough to sleep: the router wakes it.
-    fn tell_sender(&self) {
-        let Some((dgid, dest_qpn)) = self.lock_send().route.dest else { return };
+    pub(super) fn tell_sender(&self, dest: Option<(Gid, u32)>) {
+        let Some((dgid, dest_qpn)) = dest else { return };
         let ring = Ring { qpn: self.qpn(), dest_qpn, dgid: dgid.0, what: ring::PROGRESS };
         let _ = self.context().conn.ask(&ring);
     }

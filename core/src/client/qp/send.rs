@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::exec::{Env, LocalTable, Outcome, Progress, Request, Target, execute};
+use crate::exec::{Env, LocalTable, Outcome, Progress, Request, Target, abandon, execute};
 use crate::ring::{QpShared, RqShared};
 use crate::shm::{LocalBytes, SharedBytes, copy_in};
 use crate::sync::Ordering;
@@ -298,6 +298,19 @@ impl Qp {
         Some(Instant::now() + wait)
     }
 
+    /// The head of the queue ends early: the receive it was filling is the peer's again.
+    pub(super) fn give_up(&self, side: &mut SendSide) {
+        let SendSide { route, progress, .. } = side;
+        if progress.claim.is_none() {
+            return;
+        }
+        let (context, qpn) = (self.context(), self.qpn());
+        if let Some((path, dgid)) = route.find(&Target::Receive) {
+            let (peer, mut memory) = path.bind(&context.conn, qpn, dgid);
+            abandon(progress, &peer, &mut memory, qpn, context.id());
+        }
+    }
+
     /// The head of the queue ended.
     fn finish(
         &self,
@@ -308,6 +321,7 @@ impl Qp {
         status: WcStatus,
         byte_len: u32,
     ) {
+        self.give_up(side);
         side.queue.next = side.queue.next.wrapping_add(1);
         side.progress = Progress::default();
         side.stall = Stall::None;
@@ -319,7 +333,7 @@ impl Qp {
             QpShared::count(&counters.tx_bytes, u64::from(byte_len));
         } else if status != WcStatus::WrFlushErr {
             QpShared::count(&counters.errors, 1);
-            self.send_failed();
+            self.send_failed(side);
         }
         if wanted {
             self.send_cq.completed(self.send_bit, !ok);
@@ -327,12 +341,12 @@ impl Qp {
     }
 
     /// A send ended in error: a connected QP goes to ERR, a datagram QP's send queue to SQE.
-    fn send_failed(&self) {
+    fn send_failed(&self, side: &SendSide) {
         let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
         if self.kind() == QpType::Ud {
             self.lanes.change_state(QpState::Sqe, |now| now == QpState::Rts);
         } else if self.lanes.change_state(QpState::Err, lives) {
-            self.recv_cq.completed(self.recv_bit, true);
+            self.stop_receiving(side.route.dest);
         }
     }
 
