@@ -244,7 +244,12 @@ impl Lanes {
         let deserted = flush && self.deserted.load(Ordering::Acquire);
         let mine = lane.slot(seq);
         let mut wc = Wc { wr_id: mine.wr_id.load(Ordering::Relaxed), qp_num: self.qpn(), ..Wc::default() };
-        let mut taken = lane.ring().take(seq, flush, deserted)?;
+        let Some(mut taken) = lane.ring().take(seq, flush, deserted) else {
+            if self.kind == QpType::Ud {
+                lane.ring().look_back(seq, &self.shared[0].head);
+            }
+            return None;
+        };
         if matches!(&taken, Taken::Done(said, _) if said.flags & Completion::LOST != 0) {
             self.post_anew(seq);
             taken = if flush { lane.ring().take(seq, true, true)? } else { return None };

@@ -5,7 +5,7 @@ use arrayvec::ArrayVec;
 use crate::ctl::copy_kind;
 use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ring};
 use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, fence};
 use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, Sge, WcOpcode, WcStatus, grh, limits, wc_flags};
 
 use super::pump::{Direction, Local, MAX_LOCAL, Remote, Unreachable, pump};
@@ -427,6 +427,14 @@ fn deliver<M: PeerMemory>(claim: Claim<'_>, done: &Completion, peer: &Peer<'_>, 
     }
 }
 
+/// Does the peer take datagrams for `dest`?
+fn hears(peer: &Peer<'_>, dest: &UdDest) -> bool {
+    let state = QpState::try_from(peer.qp.state.load(Ordering::Acquire));
+    state.is_ok_and(QpState::receives)
+        && peer.qp.qpn.load(Ordering::Relaxed) == dest.qpn
+        && peer.qp.qkey.load(Ordering::Relaxed) == dest.qkey
+}
+
 /// A datagram is delivered whole or not at all, and always succeeds here.
 fn datagram<M: PeerMemory>(
     request: &Request<'_>,
@@ -436,12 +444,17 @@ fn datagram<M: PeerMemory>(
 ) -> Outcome {
     let sent = Outcome::Done { status: WcStatus::Success, byte_len: payload.total as u32 };
     let Some(peer) = env.peer else { return sent };
-    let state = QpState::try_from(peer.qp.state.load(Ordering::Acquire));
-    let serves = state.is_ok_and(QpState::receives) && peer.qp.qpn.load(Ordering::Relaxed) == dest.qpn;
-    if !serves || peer.qp.qkey.load(Ordering::Relaxed) != dest.qkey {
+    if !hears(&peer, dest) {
         return sent;
     }
     let Some(claim) = peer.rq.claim(&peer.qp.head, env.client) else { return sent };
+    // Looked at once more under the claim, as keys are below: whoever changes them waits for claims (Qp::quiesce). The
+    // fence's partner is the sequentially consistent change and look there.
+    fence(Ordering::SeqCst);
+    if !hears(&peer, dest) {
+        give_back(claim, &peer, env.memory);
+        return sent;
+    }
     let header = grh(env.gid, dest.dgid, payload.total as u32, dest.traffic_class, dest.hop_limit);
     let mut whole = Gathered::default();
     whole.push(header.as_ptr() as u64, header.len() as u64);
