@@ -8,6 +8,8 @@ mod local;
 mod peer;
 mod pump;
 mod run;
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 pub use local::LocalTable;
 pub use peer::{FarCopy, Peer, PeerMemory, Reach};
