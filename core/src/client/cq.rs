@@ -197,6 +197,13 @@ impl Cq {
         }
     }
 
+    /// A peer died: maybe after it had taken the arm word for a ring, and before it rang.
+    pub(super) fn ring_again(&self) {
+        if let Some(channel) = self.channel.as_ref().filter(|_| self.is_rung()) {
+            channel.ring();
+        }
+    }
+
     /// Attaches a QP's lanes. A QP that has this CQ for both lanes is attached once.
     pub(super) fn attach(&self, lanes: &Arc<Lanes>, pd: u32, send: bool, recv: bool) -> u32 {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

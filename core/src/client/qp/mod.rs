@@ -232,9 +232,11 @@ impl Qp {
 
     /// The peer's process died.
     pub(super) fn orphan(self: &Arc<Self>) {
+        self.lanes.shared[0].end_copy();
         self.lanes.deserted.store(true, Ordering::Release);
         self.forget_peer();
         self.fail(AsyncKind::QpFatal);
+        self.recv_cq.ring_again();
     }
 
     /// The router says the peer can be found now.
