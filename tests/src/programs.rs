@@ -7,8 +7,19 @@ use std::time::SystemTime;
 use std::{fs, process};
 
 /// One area each, in the order in which their failures are best read.
-pub const PROGRAMS: [&str; 10] =
-    ["device", "objects", "qp_states", "rc_ops", "rc_order", "rc_errors", "events", "ud", "memory", "large"];
+pub const PROGRAMS: [&str; 11] = [
+    "device",
+    "objects",
+    "qp_states",
+    "rc_ops",
+    "rc_order",
+    "rc_errors",
+    "rc_teardown",
+    "events",
+    "ud",
+    "memory",
+    "large",
+];
 /// Linked into each.
 const SHARED: [&str; 4] = ["common.c", "oob.c", "pair.c", "work.c"];
 const HEADERS: [&str; 2] = ["common.h", "internal.h"];

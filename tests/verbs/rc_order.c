@@ -319,6 +319,29 @@ static void slots_come_back(void)
 	}
 }
 
+/* A receive is seen within a bounded number of polls, however many sends of the same QP complete meanwhile. */
+static void sends_do_not_hide_a_receive(void)
+{
+	struct end_cfg c = { .one_cq = 1 };
+	struct pair p = pair_open(&c, &c);
+
+	if (p.a)
+		OK(post_receive(p.a, 99, 0, 64));
+	sync_ends();
+	if (p.b) {
+		OK(post_op(p.b, IBV_WR_SEND, 1, 0, 64, 0, 0));
+		WANT(p.b->scq, 1, IBV_WC_SUCCESS);
+	}
+	sync_ends();
+	for (int i = 0; p.a && i < 64; i++)
+		OK(post_op(p.a, IBV_WR_RDMA_WRITE, 1, 0, 16, 64, 0));
+	for (int i = 0; p.a && WAIT(p.a->scq).wr_id != 99; i++) {
+		CHECK(i < 1000, "only sends");
+		OK(post_op(p.a, IBV_WR_RDMA_WRITE, 1, 0, 16, 64, 0));
+	}
+	sync_ends();
+}
+
 static const struct test_case cases[] = {
 	{ "writes_before_send", writes_before_send, 0 },
 	{ "last_byte_polling", last_byte_polling, 0 },
@@ -330,5 +353,6 @@ static const struct test_case cases[] = {
 	{ "send_queue_full", send_queue_full, 0 },
 	{ "receive_queue_full", receive_queue_full, LOCAL },
 	{ "slots_come_back", slots_come_back, 0 },
+	{ "sends_do_not_hide_a_receive", sends_do_not_hide_a_receive, 0 },
 };
 SUITE(cases)

@@ -47,6 +47,8 @@ struct Feed {
     recv: bool,
     /// On the ready list.
     listed: bool,
+    /// Sends alone filled the last poll: now the receives have the first turn.
+    receive_first: bool,
 }
 
 #[derive(Debug, Default)]
@@ -125,7 +127,7 @@ impl Cq {
         let mut filled = 0;
         for step in 0..feeds {
             let index = (inner.start + step) % feeds;
-            if let Some(feed) = &inner.feeds[index] {
+            if let Some(feed) = &mut inner.feeds[index] {
                 filled += self.drain(feed, &mut out[filled..]);
             }
             if filled == out.len() {
@@ -160,17 +162,18 @@ impl Cq {
         filled
     }
 
-    fn drain(&self, feed: &Feed, out: &mut [Wc]) -> usize {
+    fn drain(&self, feed: &mut Feed, out: &mut [Wc]) -> usize {
         let table = LocalTable::new(&self.context.mrs, feed.pd);
-        let mut filled = 0;
-        while let Some(slot) = out.get_mut(filled) {
-            let send = if feed.send { feed.lanes.poll_send() } else { None };
-            let next = send.or_else(|| if feed.recv { feed.lanes.poll_recv(&table) } else { None });
-            let Some(wc) = next else { break };
-            *slot = wc;
-            filled += 1;
+        let send = || if feed.send { feed.lanes.poll_send() } else { None };
+        let receive = || if feed.recv { feed.lanes.poll_recv(&table) } else { None };
+        if feed.receive_first {
+            let received = fill(out, receive);
+            feed.receive_first = false;
+            return received + fill(&mut out[received..], send);
         }
-        filled
+        let sent = fill(out, send);
+        feed.receive_first = sent == out.len();
+        sent + fill(&mut out[sent..], receive)
     }
 
     /// ibv_req_notify_cq(3).
@@ -194,6 +197,13 @@ impl Cq {
         }
     }
 
+    /// A peer died: maybe after it had taken the arm word for a ring, and before it rang.
+    pub(super) fn ring_again(&self) {
+        if let Some(channel) = self.channel.as_ref().filter(|_| self.is_rung()) {
+            channel.ring();
+        }
+    }
+
     /// Attaches a QP's lanes. A QP that has this CQ for both lanes is attached once.
     pub(super) fn attach(&self, lanes: &Arc<Lanes>, pd: u32, send: bool, recv: bool) -> u32 {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
@@ -202,7 +212,8 @@ impl Cq {
             inner.feeds.len() - 1
         });
         let bit = index as u32 % DIRTY_BITS;
-        inner.feeds[index] = Some(Feed { lanes: Arc::clone(lanes), pd, send, recv, listed: false });
+        inner.feeds[index] =
+            Some(Feed { lanes: Arc::clone(lanes), pd, send, recv, listed: false, receive_first: false });
         inner.count += 1;
         if inner.count > SCAN_LIMIT && !inner.mapped {
             inner.mapped = true;
@@ -234,6 +245,17 @@ impl Cq {
         let _inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         change()
     }
+}
+
+/// Puts what `next` has into `out`, from the front; returns how many.
+fn fill(out: &mut [Wc], mut next: impl FnMut() -> Option<Wc>) -> usize {
+    let mut filled = 0;
+    while let Some(slot) = out.get_mut(filled) {
+        let Some(wc) = next() else { break };
+        *slot = wc;
+        filled += 1;
+    }
+    filled
 }
 
 impl Drop for Cq {

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::{IoSliceMut, ReadWriteFlags, preadv2};
 
 use crate::error::{Error, Result};
 
@@ -61,12 +62,43 @@ impl AsyncQueue {
 
     /// Withdraws what is queued about a destroyed object.
     pub fn withdraw(&self, cookie: u64) {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner).retain(|event| event.cookie != cookie);
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = queue.len();
+        queue.retain(|event| event.cookie != cookie);
+        for _ in queue.len()..before {
+            // Taken out of the count, so that the descriptor is not readable for nothing. Without waiting, whatever mode the
+            // program chose: next() may have read it already, and then finds the queue empty.
+            let mut count = [0u8; 8];
+            let _ = preadv2(&self.fd, &mut [IoSliceMut::new(&mut count)], u64::MAX, ReadWriteFlags::NOWAIT);
+        }
     }
 }
 
 impl AsFd for AsyncQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    #[test]
+    fn the_descriptor_is_readable_while_an_event_waits() {
+        let events = AsyncQueue::new().expect("eventfd");
+        let readable = || {
+            let mut fds = [PollFd::new(&events, PollFlags::IN)];
+            poll(&mut fds, Some(&Default::default())).expect("poll") == 1
+        };
+        assert!(!readable());
+        for cookie in [7, 8, 7] {
+            events.push(AsyncEvent { kind: AsyncKind::QpFatal, cookie });
+        }
+        events.withdraw(7);
+        assert!(readable());
+        assert_eq!(events.next().expect("event").cookie, 8);
+        assert!(!readable(), "the withdrawn events would be waited for");
     }
 }

@@ -3,7 +3,7 @@
 //! A CQ holds no entries of its own. Polling walks the lanes of the QPs attached to it and builds completions from
 //! private memory (wr_id, lists) and, for receives, the few words a peer wrote. Order is kept per lane.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use arrayvec::ArrayVec;
 
@@ -65,8 +65,10 @@ pub struct Lanes {
     pub recv: RecvLane,
     /// A `QpState`: the private truth; the shared header only tells peers.
     state: AtomicU32,
-    /// The peer process is dead: what it was filling is lost.
-    pub orphaned: AtomicBool,
+    /// Held while the state changes: the program, a poller and the helper may each have a reason at once.
+    changing: Mutex<()>,
+    /// No peer fills a receive any more: it is dead, or this QP is in ERR and the last copy has ended.
+    pub deserted: AtomicBool,
     /// A message arrived in RTR and the program was told.
     established: AtomicBool,
     pub qp: Weak<Qp>,
@@ -183,8 +185,9 @@ impl Lanes {
         qp: Weak<Qp>,
     ) -> Arc<Self> {
         let state = AtomicU32::new(QpState::Reset as u32);
-        let (orphaned, established) = (AtomicBool::new(false), AtomicBool::new(false));
-        Arc::new(Lanes { qpn: AtomicU32::new(0), kind, shared, send, recv, state, orphaned, established, qp })
+        let (deserted, established) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (qpn, changing) = (AtomicU32::new(0), Mutex::default());
+        Arc::new(Lanes { qpn, kind, shared, send, recv, state, changing, deserted, established, qp })
     }
 
     pub fn qpn(&self) -> u32 {
@@ -202,11 +205,21 @@ impl Lanes {
 
     /// Sets the state here and for peers.
     pub fn set_state(&self, state: QpState) {
-        if state == QpState::Reset {
+        self.change_state(state, |_| true);
+    }
+
+    /// The same, if the present state may still become that. False: somebody else was faster.
+    pub fn change_state(&self, to: QpState, may: impl FnOnce(QpState) -> bool) -> bool {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !may(self.state()) {
+            return false;
+        }
+        if to == QpState::Reset {
             self.established.store(false, Ordering::Relaxed);
         }
-        self.state.store(state as u32, Ordering::Release);
-        self.shared[0].state.store(state as u32, Ordering::SeqCst);
+        self.state.store(to as u32, Ordering::Release);
+        self.shared[0].state.store(to as u32, Ordering::SeqCst);
+        true
     }
 
     pub fn poll_send(&self) -> Option<Wc> {
@@ -228,10 +241,15 @@ impl Lanes {
             return None;
         }
         let flush = self.state() == QpState::Err;
-        let orphaned = flush && self.orphaned.load(Ordering::Relaxed);
+        let deserted = flush && self.deserted.load(Ordering::Acquire);
         let mine = lane.slot(seq);
         let mut wc = Wc { wr_id: mine.wr_id.load(Ordering::Relaxed), qp_num: self.qpn(), ..Wc::default() };
-        let mut taken = lane.ring().take(seq, flush, orphaned)?;
+        let Some(mut taken) = lane.ring().take(seq, flush, deserted) else {
+            if self.kind == QpType::Ud {
+                lane.ring().look_back(seq, &self.shared[0].head);
+            }
+            return None;
+        };
         if matches!(&taken, Taken::Done(said, _) if said.flags & Completion::LOST != 0) {
             self.post_anew(seq);
             taken = if flush { lane.ring().take(seq, true, true)? } else { return None };
@@ -279,7 +297,8 @@ impl PrivateRecv {
         let room: u64 = self.sges().map(|sge| u64::from(sge.length)).sum();
         let fits = u64::from(said.byte_len) <= if inline { room.min(INLINE_BYTES as u64) } else { room };
         let status = WcStatus::try_from(u32::from(said.status)).unwrap_or(WcStatus::GeneralErr);
-        let sane = write || fits || status != WcStatus::Success;
+        // An inline payload is copied by that length, whatever the opcode.
+        let sane = fits || (write && !inline) || status != WcStatus::Success;
         wc.status = if sane { status } else { WcStatus::BadRespErr } as u32;
         wc.opcode = if write { WcOpcode::RecvRdmaWithImm } else { WcOpcode::Recv } as u32;
         wc.byte_len = said.byte_len;
@@ -306,5 +325,61 @@ impl PrivateRecv {
             unsafe { copy_out(LocalBytes { addr: va, len: now.len() }, from) };
             rest = later;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shm::{Mapping, make_memfd};
+
+    const DEPTH: usize = 4;
+
+    fn lanes() -> Arc<Lanes> {
+        let fd = make_memfd("lanes", 8192).expect("memfd");
+        let map = Arc::new(Mapping::new(fd, 0, 8192, true).expect("mapping"));
+        let shared = View::new(Arc::clone(&map), 0, 1).expect("header");
+        let recv = RecvLane::new(View::new(map, 4096, DEPTH).expect("slots"));
+        let lanes = Lanes::new(QpType::Rc, shared, SendLane::new(4), recv, Weak::new());
+        lanes.set_state(QpState::Rts);
+        lanes
+    }
+
+    fn poll(lanes: &Lanes) -> Option<Wc> {
+        lanes.poll_recv(&LocalTable::new(&[], 0))
+    }
+
+    #[test]
+    fn nonsense_in_a_completion_is_an_error_at_most() {
+        let lanes = lanes();
+        let head = &lanes.shared[0].head;
+        let words = [0u8, 1, 5, 0x7f, 0x80, 0x81, 0xc1, 0xff];
+        for i in 0..words.len().pow(3) {
+            let (opcode, flags, status) = (words[i / 64], words[i / 8 % 8], words[i % 8]);
+            let buffer = Sge { addr: 0, length: 64, lkey: 1 };
+            assert!(lanes.recv.post(i as u64, &[buffer], DEPTH as u32));
+            let claim = lanes.recv.ring().claim(head, 1).expect("posted");
+            let byte_len = u32::MAX - i as u32;
+            claim.complete(&Completion { status, opcode, flags, byte_len, ..Completion::default() });
+            let wc = loop {
+                if let Some(wc) = poll(&lanes) {
+                    break wc;
+                }
+                // said to be lost: posted anew
+                let claim = lanes.recv.ring().claim(head, 1).expect("posted anew");
+                claim.complete(&Completion { status: 1, ..Completion::default() });
+            };
+            assert_eq!(wc.wr_id, i as u64);
+            assert!(wc.status != 0 || wc.opcode == WcOpcode::RecvRdmaWithImm as u32, "{wc:?}");
+        }
+    }
+
+    #[test]
+    fn a_failed_queue_is_not_brought_back() {
+        let lanes = lanes();
+        lanes.set_state(QpState::Err);
+        assert!(!lanes.change_state(QpState::Rts, |now| now == QpState::Rtr));
+        assert_eq!(lanes.state(), QpState::Err);
+        assert_eq!(lanes.shared[0].state.load(Ordering::Relaxed), QpState::Err as u32);
     }
 }

@@ -36,13 +36,24 @@ pub struct PeerQp {
 #[derive(Debug)]
 pub struct PdMemoryView {
     fd: OwnedFd,
+    /// Bytes in the file, for good: touching a page behind them raises SIGBUS.
+    size: u64,
     windows: Mutex<BTreeMap<u64, Arc<Mapping>>>,
 }
 
 impl PdMemoryView {
+    /// The router has seen that the file's size is sealed.
+    fn new(fd: OwnedFd) -> std::result::Result<Self, Errno> {
+        let size = rustix::fs::fstat(&fd)?.st_size as u64;
+        Ok(PdMemoryView { fd, size, windows: Mutex::default() })
+    }
+
     /// Maps the pages an extent is in, or finds them mapped. The mapping begins at the start of the first page.
     pub fn window(&self, extent: &Extent) -> std::result::Result<Arc<Mapping>, Errno> {
         let (offset, len) = whole_pages(extent).ok_or(Errno::INVAL)?;
+        if offset + len as u64 > self.size {
+            return Err(Errno::INVAL);
+        }
         let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = windows.get(&offset).filter(|map| map.len() >= len) {
             return Ok(Arc::clone(found));
@@ -132,7 +143,8 @@ impl Process {
             self.mrs = Some(Arc::new(map));
         }
         if let Some(fd) = next(peer_fds::PD) {
-            self.pds.insert(info.pd, Arc::new(PdMemoryView { fd, windows: Mutex::default() }));
+            let view = PdMemoryView::new(fd).map_err(Error::system("fstat of a peer's memory"))?;
+            self.pds.insert(info.pd, Arc::new(view));
         }
         if let Some(fd) = next(peer_fds::BELL) {
             self.bells.insert(info.channel, Arc::new(fd));
@@ -183,5 +195,17 @@ mod tests {
         assert_eq!(pages(0x5000, 0, 0x3000), None);
         assert_eq!(pages(0x5000, u64::MAX, 0x3000), None);
         assert_eq!(pages(0xf000, 0x2000, u64::MAX - 0xfff), None);
+    }
+
+    #[test]
+    fn nothing_is_mapped_beyond_the_file() {
+        let fd = crate::shm::make_memfd("peer", 2 * PAGE).expect("memfd");
+        let view = PdMemoryView::new(fd).expect("fstat");
+        let window =
+            |len, offset| view.window(&Extent { va: 0x5000, len, offset }).map(|map| map.len() as u64);
+        assert_eq!(window(PAGE, PAGE), Ok(PAGE));
+        assert_eq!(window(2 * PAGE, 0), Ok(2 * PAGE));
+        assert_eq!(window(PAGE, 2 * PAGE), Err(Errno::INVAL));
+        assert_eq!(window(2 * PAGE, PAGE), Err(Errno::INVAL));
     }
 }

@@ -72,13 +72,33 @@ impl Stalled {
             let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
             list.iter().filter_map(Weak::upgrade).collect()
         };
-        let waits: Vec<Stall> = qps.iter().map(step).collect();
-        if waits.iter().all(|wait| *wait != Stall::None) {
+        let mut waits: Vec<Stall> = qps.iter().map(step).collect();
+        if !waits.is_empty() && waits.iter().all(|wait| *wait != Stall::None) {
             return waits;
         }
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         list.retain(|qp| qp.upgrade().is_some_and(|qp| !qp.unlist_if_idle()));
         self.count.store(list.len(), Ordering::Relaxed);
+        // A queue that stalled again before it was taken off was still listed, and so told nobody.
+        for (qp, wait) in qps.iter().zip(&mut waits).filter(|(_, wait)| **wait == Stall::None) {
+            if list.iter().any(|listed| std::ptr::eq(listed.as_ptr(), Arc::as_ptr(qp))) {
+                *wait = Stall::More;
+            }
+        }
         waits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_destroyed_queue_does_not_stay_listed() {
+        let stalled = Stalled::default();
+        stalled.list.lock().expect("list").push(Weak::new());
+        stalled.count.store(1, Ordering::Relaxed);
+        assert!(stalled.progress().is_empty());
+        assert!(!stalled.any());
     }
 }

@@ -8,10 +8,12 @@ mod local;
 mod peer;
 mod pump;
 mod run;
+#[cfg(all(test, not(loom)))]
+mod tests;
 
 pub use local::LocalTable;
 pub use peer::{FarCopy, Peer, PeerMemory, Reach};
-pub use run::{Env, Outcome, execute};
+pub use run::{Env, Outcome, abandon, execute};
 
 use crate::verbs::{Gid, SendFlags, SendOp, Sge};
 

@@ -5,7 +5,7 @@ use arrayvec::ArrayVec;
 use crate::ctl::copy_kind;
 use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ring};
 use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, fence};
 use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, Sge, WcOpcode, WcStatus, grh, limits, wc_flags};
 
 use super::pump::{Direction, Local, MAX_LOCAL, Remote, Unreachable, pump};
@@ -58,7 +58,9 @@ pub fn execute<M: PeerMemory>(
 ) -> Outcome {
     let mut gathered = Gathered::default();
     if let Err(status) = gathered.gather(request, &env.local) {
-        abandon(progress, env);
+        if let Some(peer) = &env.peer {
+            abandon(progress, peer, env.memory, env.qpn, env.client);
+        }
         return Outcome::failed(status);
     }
     if let Target::Datagram(dest) = request.target {
@@ -88,11 +90,22 @@ fn serves(peer: &Peer<'_>, qpn: u32) -> bool {
         && peer.qp.peer_qpn.load(Ordering::Relaxed) == qpn
 }
 
-/// Gives a half-filled receive back when its sender failed locally.
-fn abandon<M: PeerMemory>(progress: &mut Progress, env: &mut Env<'_, M>) {
-    let (Some(suspended), Some(peer)) = (progress.claim.take(), env.peer) else { return };
-    if let Some(claim) = Claim::resume(peer.rq, suspended, env.client) {
-        give_back(claim, &peer, env.memory);
+/// Gives a half-filled receive back when its request ends early.
+pub fn abandon<M: PeerMemory>(
+    progress: &mut Progress,
+    peer: &Peer<'_>,
+    memory: &mut M,
+    qpn: u32,
+    client: u32,
+) {
+    let Some(suspended) = progress.claim.take() else { return };
+    let _in_flight = peer.qp.enter();
+    // A peer that serves us no more has taken it back, or will; the slot may be another sender's by now.
+    if !serves(peer, qpn) {
+        return;
+    }
+    if let Some(claim) = Claim::resume(peer.rq, suspended, client) {
+        give_back(claim, peer, memory);
     }
 }
 
@@ -182,7 +195,9 @@ fn write<M: PeerMemory>(
         match target(peer, rkey, Access::REMOTE_WRITE, addr, from.total) {
             Ok(found) => remote = Some(found),
             Err(status) => {
-                abandon(progress, env);
+                if let Some(claim) = resume(progress, peer, env) {
+                    give_back(claim, peer, env.memory);
+                }
                 return violation(env, status);
             }
         }
@@ -315,9 +330,14 @@ fn scatter_old(old: u64, to: &Gathered) {
     }
 }
 
+/// The receive that an earlier call began to fill.
+fn resume<'a, M>(progress: &mut Progress, peer: &Peer<'a>, env: &Env<'_, M>) -> Option<Claim<'a>> {
+    progress.claim.take().and_then(|s| Claim::resume(peer.rq, s, env.client))
+}
+
 /// Claims a receive, or takes up the one of an earlier call.
 fn take_receive<'a, M>(progress: &mut Progress, peer: &Peer<'a>, env: &Env<'_, M>) -> Option<Claim<'a>> {
-    let resumed = progress.claim.take().and_then(|s| Claim::resume(peer.rq, s, env.client));
+    let resumed = resume(progress, peer, env);
     if resumed.is_none() {
         progress.moved = 0;
     }
@@ -407,6 +427,14 @@ fn deliver<M: PeerMemory>(claim: Claim<'_>, done: &Completion, peer: &Peer<'_>, 
     }
 }
 
+/// Does the peer take datagrams for `dest`?
+fn hears(peer: &Peer<'_>, dest: &UdDest) -> bool {
+    let state = QpState::try_from(peer.qp.state.load(Ordering::Acquire));
+    state.is_ok_and(QpState::receives)
+        && peer.qp.qpn.load(Ordering::Relaxed) == dest.qpn
+        && peer.qp.qkey.load(Ordering::Relaxed) == dest.qkey
+}
+
 /// A datagram is delivered whole or not at all, and always succeeds here.
 fn datagram<M: PeerMemory>(
     request: &Request<'_>,
@@ -416,12 +444,17 @@ fn datagram<M: PeerMemory>(
 ) -> Outcome {
     let sent = Outcome::Done { status: WcStatus::Success, byte_len: payload.total as u32 };
     let Some(peer) = env.peer else { return sent };
-    let state = QpState::try_from(peer.qp.state.load(Ordering::Acquire));
-    let serves = state.is_ok_and(QpState::receives) && peer.qp.qpn.load(Ordering::Relaxed) == dest.qpn;
-    if !serves || peer.qp.qkey.load(Ordering::Relaxed) != dest.qkey {
+    if !hears(&peer, dest) {
         return sent;
     }
     let Some(claim) = peer.rq.claim(&peer.qp.head, env.client) else { return sent };
+    // Looked at once more under the claim, as keys are below: whoever changes them waits for claims (Qp::quiesce). The
+    // fence's partner is the sequentially consistent change and look there.
+    fence(Ordering::SeqCst);
+    if !hears(&peer, dest) {
+        give_back(claim, &peer, env.memory);
+        return sent;
+    }
     let header = grh(env.gid, dest.dgid, payload.total as u32, dest.traffic_class, dest.hop_limit);
     let mut whole = Gathered::default();
     whole.push(header.as_ptr() as u64, header.len() as u64);

@@ -61,6 +61,42 @@ fn loom_one_receive_goes_to_one_of_two_senders() {
     });
 }
 
+/// Fills every receive that waits; the owner then has all of `seqs`.
+fn fill_and_take(queue: &Queue, seqs: std::ops::Range<u32>) {
+    while queue.send(3) {}
+    for seq in seqs {
+        assert!(queue.rq().take(seq, false, false).is_some(), "receive {seq} is never filled");
+    }
+}
+
+#[test]
+fn loom_a_receive_given_back_is_found_again() {
+    model(|| {
+        let queue = Queue::new(2);
+        (0..2).for_each(|seq| queue.rq().post(seq, &[]));
+        let other = Arc::clone(&queue);
+        let sender = thread::spawn(move || other.send(1));
+        queue.rq().claim(&queue.qp.head, 2).expect("two are posted").release(&queue.qp.head);
+        assert!(sender.join().expect("sender"));
+        queue.rq().look_back(0, &queue.qp.head);
+        fill_and_take(&queue, 0..2);
+    });
+}
+
+#[test]
+fn loom_two_senders_leave_a_hint_that_leads_on() {
+    model(|| {
+        let queue = Queue::new(2);
+        (0..2).for_each(|seq| queue.rq().post(seq, &[]));
+        let other = Arc::clone(&queue);
+        let sender = thread::spawn(move || other.send(1));
+        assert!(queue.send(2) & sender.join().expect("sender"));
+        fill_and_take(&queue, 0..2);
+        (2..4).for_each(|seq| queue.rq().post(seq, &[]));
+        fill_and_take(&queue, 2..4);
+    });
+}
+
 #[test]
 fn loom_a_flush_and_a_sender_agree_on_who_has_the_receive() {
     model(|| {

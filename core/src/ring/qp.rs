@@ -88,6 +88,14 @@ impl QpShared {
         if now & 1 == 0 || since.is_some_and(|then| then != now) { Ok(()) } else { Err(now) }
     }
 
+    /// Owner: the peer is dead, and the copy it was in the middle of with it.
+    pub fn end_copy(&self) {
+        let word = self.in_flight.load(Ordering::Relaxed);
+        if word & 1 == 1 {
+            self.in_flight.store(word.wrapping_add(1), Ordering::Relaxed);
+        }
+    }
+
     /// Owner: adds to one of its own counters (single writer).
     pub fn count(counter: &AtomicU64, by: u64) {
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
@@ -122,6 +130,17 @@ mod tests {
         drop(copy);
         let _next = qp.enter();
         assert_eq!(qp.quiesced(Some(since)), Ok(()), "a later copy saw the dead key");
+    }
+
+    #[test]
+    fn a_dead_peers_copy_is_not_waited_for() {
+        let qp = QpShared::default();
+        std::mem::forget(qp.enter());
+        assert!(qp.quiesced(None).is_err());
+        qp.end_copy();
+        assert_eq!(qp.quiesced(None), Ok(()));
+        drop(qp.enter());
+        assert_eq!(qp.quiesced(None), Ok(()));
     }
 
     #[test]

@@ -140,15 +140,27 @@ impl<'a> RqShared<'a> {
         slot.state.store(state.pack(), Ordering::Release);
     }
 
-    /// Sender: claims the oldest waiting receive. `head` is the hint in the QP's header; a wrong hint costs a scan.
-    /// `None` means receiver not ready.
+    /// Sender: claims the oldest waiting receive. `head` is the hint in the QP's header: several senders (UD) store it
+    /// without each other, so it may be old by any number of rounds. `None` means receiver not ready.
     pub fn claim(&self, head: &AtomicU32, client: u32) -> Option<Claim<'a>> {
         let mut seq = head.load(Ordering::Relaxed);
-        for _ in 0..self.depth() {
+        // Once round the queue, and once more for an old hint.
+        for _ in 0..=self.depth() {
             let slot = self.slot(seq)?;
             let word = slot.state.load(Ordering::Relaxed);
             let state = SlotState::unpack(word);
-            if state.seq != seq || matches!(state.phase, Phase::Free | Phase::Flushed) {
+            match state.seq.wrapping_sub(seq).cast_signed() {
+                0 => {}
+                // Posted anew since: everything up to a round before it was taken.
+                1.. => {
+                    seq = state.seq.wrapping_sub(self.depth()).wrapping_add(1);
+                    continue;
+                }
+                // Given back when others had passed it, a round ago.
+                _ if state.phase == Phase::Posted => seq = state.seq,
+                _ => return None,
+            }
+            if matches!(state.phase, Phase::Free | Phase::Flushed) {
                 return None;
             }
             if state.phase == Phase::Posted {
@@ -175,9 +187,21 @@ impl<'a> RqShared<'a> {
         })
     }
 
+    /// Owner of a queue with several senders: if they passed receive `seq`, the oldest, because one gave it back too
+    /// late, the hint leads them to it again.
+    pub fn look_back(&self, seq: u32, head: &AtomicU32) {
+        let state = |seq| self.slot(seq).map(|slot| SlotState::unpack(slot.state.load(Ordering::Relaxed)));
+        let waits = state(seq).is_some_and(|slot| slot.phase == Phase::Posted);
+        let next = seq.wrapping_add(1);
+        let passed = |slot: SlotState| slot.seq == next && matches!(slot.phase, Phase::Claimed | Phase::Done);
+        if waits && state(next).is_some_and(passed) {
+            head.store(seq, Ordering::Relaxed);
+        }
+    }
+
     /// Owner: takes receive `seq` if it is complete. With `flush`, a receive that still waits is taken back, and with
-    /// `orphaned` (the sender is dead) one that is being filled as well.
-    pub fn take(&self, seq: u32, flush: bool, orphaned: bool) -> Option<Taken<'a>> {
+    /// `deserted` (nobody fills any more) one that a sender had claimed as well.
+    pub fn take(&self, seq: u32, flush: bool, deserted: bool) -> Option<Taken<'a>> {
         let slot = self.slot(seq)?;
         // Acquire: partner is the release store of Claim::complete.
         let word = slot.state.load(Ordering::Acquire);
@@ -185,7 +209,7 @@ impl<'a> RqShared<'a> {
         let flushable = match state.phase {
             Phase::Done => return Some(Taken::Done(slot.completion(), SlotPayload(slot))),
             Phase::Posted => flush,
-            Phase::Claimed => flush && orphaned,
+            Phase::Claimed => flush && deserted,
             Phase::Free | Phase::Flushed => flush, // only scribbling gets here: the receive is lost, not the queue
         };
         if !flushable {
@@ -405,5 +429,61 @@ mod tests {
         assert_eq!((rq.repair(4), rq.repair(5)), (0, 1));
         assert!(matches!(rq.take(0, false, false), Some(Taken::Done(c, _)) if c.flags == Completion::LOST));
         assert!(Claim::resume(rq, suspended, 5).is_none());
+    }
+
+    /// Senders of a UD queue store the hint without each other: any value may be left behind.
+    #[test]
+    fn any_hint_leads_to_the_oldest_receive_that_waits() {
+        for depth in [1, 2, 4] {
+            let slots = slots(depth);
+            let rq = RqShared::new(&slots);
+            let head = AtomicU32::new(0);
+            let start = u32::MAX - 9; // over the end of the sequence numbers
+            for seq in start..=start.wrapping_add(depth as u32 - 1) {
+                rq.post(seq, &[]);
+            }
+            head.store(start, Ordering::Relaxed);
+            for seq in (0..40).map(|i| start.wrapping_add(i)) {
+                for lag in [0, 1, depth as u32, 3 * depth as u32 + 1] {
+                    head.store(seq.wrapping_sub(lag), Ordering::Relaxed);
+                    let claim = rq.claim(&head, 1).expect("a receive waits");
+                    assert_eq!(claim.suspend().0, seq, "depth {depth}, hint {lag} behind");
+                    assert!(Claim::resume(rq, (seq, 0), 1).is_some_and(|c| {
+                        c.release(&head);
+                        true
+                    }));
+                }
+                rq.claim(&head, 1).expect("posted").complete(&Completion::default());
+                assert!(rq.take(seq, false, false).is_some());
+                rq.post(seq.wrapping_add(depth as u32), &[]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_receive_that_was_passed_over_is_found_again() {
+        let slots = slots(4);
+        let rq = RqShared::new(&slots);
+        let head = AtomicU32::new(0);
+        (0..4).for_each(|seq| rq.post(seq, &[]));
+        let slow = rq.claim(&head, 1).expect("posted");
+        let fast = rq.claim(&head, 2).expect("posted");
+        slow.release(&head);
+        fast.complete(&Completion::default());
+        head.store(2, Ordering::Relaxed); // the fast one's store of the hint came last
+        assert!(rq.take(0, false, false).is_none());
+        rq.look_back(0, &head);
+        assert_eq!(rq.claim(&head, 1).expect("posted").suspend().0, 0);
+    }
+
+    #[test]
+    fn nothing_is_claimed_where_nothing_waits() {
+        let slots = slots(2);
+        let rq = RqShared::new(&slots);
+        for hint in [0, 1, 2, 77, u32::MAX] {
+            let head = AtomicU32::new(hint);
+            assert!(rq.claim(&head, 1).is_none());
+        }
+        assert!(RqShared::new(&[]).claim(&AtomicU32::new(0), 1).is_none());
     }
 }

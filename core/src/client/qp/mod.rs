@@ -1,6 +1,6 @@
 //! Queue pairs: creation, state, errors. Sending and receiving are in `send` and `recv`, transitions in `modify`.
 //!
-//! Lock order: a CQ's lock, then a QP's send lock. The list of stalled queues is never taken with either held.
+//! Lock order: a QP's attributes, then a CQ's lock, then a QP's send lock. The list of stalled queues is never taken with either held.
 
 mod modify;
 mod queue;
@@ -18,14 +18,14 @@ use crate::error::{Error, Result};
 use crate::ring::{QpShared, RecvSlot};
 use crate::shm::View;
 use crate::sync::{AtomicBool, Ordering};
-use crate::verbs::{QpAttr, QpCaps, QpState, QpType, limits};
+use crate::verbs::{Gid, QpAttr, QpCaps, QpState, QpType, limits};
 
 use super::context::Context;
 use super::cq::Cq;
 use super::events::{AsyncEvent, AsyncKind};
 use super::fork;
 use super::lanes::{Lanes, RecvLane, SendLane};
-use super::pd::Pd;
+use super::pd::{Pd, QUIESCE};
 use super::slab::{Block, BlockKind};
 use send::SendSide;
 
@@ -194,12 +194,26 @@ impl Qp {
 
     /// Moves to ERR: everything queued is flushed, sleepers are woken.
     pub(super) fn enter_error(self: &Arc<Self>) {
-        if matches!(self.state(), QpState::Err | QpState::Reset) {
+        let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
+        if !self.lanes.change_state(QpState::Err, lives) {
             return;
         }
-        self.lanes.set_state(QpState::Err);
         self.progress(false);
+        let dest = self.lock_send().route.dest;
+        self.stop_receiving(dest);
+    }
+
+    /// In ERR: when the copy that may be running has ended nobody fills a receive any more, and all of them flush.
+    fn stop_receiving(&self, dest: Option<(Gid, u32)>) {
+        if self.kind() != QpType::Ud {
+            // A peer that does not end its copy in time gets no more of it than at deregistration.
+            self.quiesce(Instant::now() + QUIESCE);
+            self.lanes.deserted.store(true, Ordering::Release);
+        }
         self.recv_cq.completed(self.recv_bit, true);
+        if self.lanes.shared[0].receive_posted() {
+            self.tell_sender(dest); // it waits for a receive that does not come
+        }
     }
 
     /// Moves to ERR for a reason the program hears of by an asynchronous event.
@@ -218,9 +232,11 @@ impl Qp {
 
     /// The peer's process died.
     pub(super) fn orphan(self: &Arc<Self>) {
-        self.lanes.orphaned.store(true, Ordering::Relaxed);
+        self.lanes.shared[0].end_copy();
+        self.lanes.deserted.store(true, Ordering::Release);
         self.forget_peer();
         self.fail(AsyncKind::QpFatal);
+        self.recv_cq.ring_again();
     }
 
     /// The router says the peer can be found now.
@@ -250,7 +266,7 @@ impl Qp {
                     }
                 },
             };
-            if quiet || self.lanes.orphaned.load(Ordering::Relaxed) {
+            if quiet || self.lanes.deserted.load(Ordering::Relaxed) {
                 return true;
             }
             if Instant::now() >= deadline {
@@ -282,7 +298,10 @@ impl Qp {
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
         self.quiesce(Instant::now() + std::time::Duration::from_millis(100));
         // Whoever runs a request holds the lock; with it in hand none runs, and none will.
-        self.lock_send().reset();
+        let mut side = self.lock_send();
+        self.give_up(&mut side);
+        side.reset();
+        drop(side);
         context.events.withdraw(self.cookie);
         context.slabs.free(self.block.clone());
     }

@@ -42,10 +42,12 @@ impl Qp {
             _ => {}
         }
         *attr = next;
+        self.lock_send().set_patience(&next);
         drop(attr);
         self.publish(&next);
-        if !matches!(to, QpState::Reset | QpState::Err) {
-            self.lanes.set_state(to);
+        let lasting = |now| now == from || now == to;
+        if !matches!(to, QpState::Reset | QpState::Err) && !self.lanes.change_state(to, lasting) {
+            return Err(Error::Invalid("the QP failed meanwhile (ibv_query_qp tells its state)"));
         }
         if to == QpState::Sqd && mask.contains(Mask::EN_SQD_ASYNC_NOTIFY) {
             // Whoever runs a request holds the lock; when we have it none is running.
@@ -101,10 +103,10 @@ impl Qp {
         shared.peer_qpn.store(dest_qpn, Ordering::Relaxed);
         self.lock_send().route.dest = connected.then_some((dgid, dest_qpn));
         self.ask_again.store(true, Ordering::Release);
-        self.lanes.set_state(QpState::Rtr);
+        self.lanes.change_state(QpState::Rtr, |now| now == QpState::Init);
         let told = self.context().conn.ask(&Connect { qpn: self.qpn(), dest_qpn, dgid: dgid.0 });
         if told.is_err() {
-            self.lanes.set_state(QpState::Init);
+            self.lanes.change_state(QpState::Init, |now| now == QpState::Rtr);
         }
         told.map(|_| ())
     }
@@ -124,12 +126,13 @@ impl Qp {
         let empty = || {
             let mut side = self.lock_send();
             let _posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
+            self.give_up(&mut side);
             side.reset();
             self.lanes.send.reset();
             let shared = &self.lanes.shared[0];
             self.lanes.recv.reset(shared);
             shared.peer_qpn.store(0, Ordering::Relaxed);
-            self.lanes.orphaned.store(false, Ordering::Relaxed);
+            self.lanes.deserted.store(false, Ordering::Relaxed);
         };
         // Both CQs held still, in one order for everybody.
         let (a, b) = (&self.send_cq, &self.recv_cq);

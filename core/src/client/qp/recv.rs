@@ -5,33 +5,35 @@ use std::sync::{Arc, PoisonError};
 use rustix::io::Errno;
 
 use crate::ctl::{Ring, ring};
-use crate::verbs::{QpState, QpType, Sge};
+use crate::verbs::{Gid, QpState, QpType, Sge};
 
 use super::Qp;
 
 impl Qp {
     /// ibv_post_recv(3), one request.
     pub fn post_recv(self: &Arc<Self>, wr_id: u64, sges: &[Sge]) -> Result<(), Errno> {
-        let state = self.state();
-        if state == QpState::Reset || sges.len() > self.caps.max_recv_sge as usize {
+        let posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state() == QpState::Reset || sges.len() > self.caps.max_recv_sge as usize {
             return Err(Errno::INVAL);
         }
-        let posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
         if !self.lanes.recv.post(wr_id, sges, self.caps.max_recv_wr) {
             return Err(Errno::NOMEM);
         }
         drop(posting);
-        if state == QpState::Err {
+        let wanted = self.lanes.shared[0].receive_posted();
+        // Behind the fence in there: whoever moves to ERR after this look announces the flush, and that finds the receive.
+        if self.state() == QpState::Err {
             self.recv_cq.completed(self.recv_bit, true);
-        } else if self.kind() != QpType::Ud && self.lanes.shared[0].receive_posted() {
-            self.tell_sender();
+        } else if wanted && self.kind() != QpType::Ud {
+            let dest = self.lock_send().route.dest;
+            self.tell_sender(dest);
         }
         Ok(())
     }
 
     /// A send of the peer has waited long enough to sleep: the router wakes it.
-    fn tell_sender(&self) {
-        let Some((dgid, dest_qpn)) = self.lock_send().route.dest else { return };
+    pub(super) fn tell_sender(&self, dest: Option<(Gid, u32)>) {
+        let Some((dgid, dest_qpn)) = dest else { return };
         let ring = Ring { qpn: self.qpn(), dest_qpn, dgid: dgid.0, what: ring::PROGRESS };
         let _ = self.context().conn.ask(&ring);
     }

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::exec::{Env, LocalTable, Outcome, Progress, Request, Target, execute};
+use crate::exec::{Env, LocalTable, Outcome, Progress, Request, Target, abandon, execute};
 use crate::ring::{QpShared, RqShared};
 use crate::shm::{LocalBytes, SharedBytes, copy_in};
 use crate::sync::Ordering;
 use crate::verbs::{
-    QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits, rnr_timer_us,
+    QpAttr, QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits, rnr_timer_us,
 };
 
 use super::super::stall::Stall;
@@ -48,6 +48,15 @@ pub struct SendSide {
     stall: Stall,
     /// On the context's list of stalled queues.
     listed: bool,
+    patience: Patience,
+}
+
+/// How long a request may wait: attributes of the QP, here because modify holds theirs while it takes the send lock.
+#[derive(Debug, Clone, Copy, Default)]
+struct Patience {
+    timeout: u8,
+    retry_cnt: u8,
+    rnr_retry: u8,
 }
 
 impl SendSide {
@@ -58,7 +67,13 @@ impl SendSide {
             progress: Progress::default(),
             stall: Stall::None,
             listed: false,
+            patience: Patience::default(),
         }
+    }
+
+    pub fn set_patience(&mut self, attr: &QpAttr) {
+        let QpAttr { timeout, retry_cnt, rnr_retry, .. } = *attr;
+        self.patience = Patience { timeout, retry_cnt, rnr_retry };
     }
 
     pub fn reset(&mut self) {
@@ -86,13 +101,14 @@ pub fn gather_inline(sges: &[Sge], buffer: &mut [u8]) -> u32 {
 impl Qp {
     /// ibv_post_send(3), one request.
     pub fn post_send(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
+        self.check_wr(wr)?;
+        let wr = &SendWr { target: self.own_qkey(wr.target), ..*wr };
+        let mut side = self.lock_send();
+        // Asked under the lock: a request behind one that failed is flushed, whichever thread posts it.
         let state = self.state();
         if matches!(state, QpState::Reset | QpState::Init | QpState::Rtr) {
             return Err(Errno::INVAL);
         }
-        self.check_wr(wr)?;
-        let wr = &SendWr { target: self.own_qkey(wr.target), ..*wr };
-        let mut side = self.lock_send();
         if self.lanes.send.used(side.queue.posted) >= self.caps.max_send_wr {
             return Err(Errno::NOMEM);
         }
@@ -253,7 +269,7 @@ impl Qp {
             Outcome::Absent => {
                 let deadline = match before {
                     Stall::Absent { deadline } => deadline,
-                    _ => self.retry_deadline(),
+                    _ => side.patience.retry_deadline(),
                 };
                 side.stall = Stall::Absent { deadline };
                 expired(deadline).then_some(WcStatus::RetryExcErr)
@@ -270,22 +286,29 @@ impl Qp {
     }
 
     fn rnr_deadline(&self, side: &mut SendSide) -> Option<Instant> {
-        let attr = self.query();
-        if attr.rnr_retry == RNR_FOREVER {
+        let rnr_retry = side.patience.rnr_retry;
+        if rnr_retry == RNR_FOREVER {
             return None;
         }
         let timer = side
             .route
             .find(&Target::Receive)
             .map_or(0, |(p, _)| p.peer.qp[0].rnr_timer.load(Ordering::Relaxed));
-        let wait = Duration::from_micros(rnr_timer_us(timer)) * u32::from(attr.rnr_retry);
+        let wait = Duration::from_micros(rnr_timer_us(timer)) * u32::from(rnr_retry);
         Some(Instant::now() + wait)
     }
 
-    fn retry_deadline(&self) -> Option<Instant> {
-        let attr = self.query();
-        let timeout = ack_timeout_us(u32::from(attr.timeout))?;
-        Some(Instant::now() + Duration::from_micros(timeout) * (u32::from(attr.retry_cnt) + 1))
+    /// The head of the queue ends early: the receive it was filling is the peer's again.
+    pub(super) fn give_up(&self, side: &mut SendSide) {
+        let SendSide { route, progress, .. } = side;
+        if progress.claim.is_none() {
+            return;
+        }
+        let (context, qpn) = (self.context(), self.qpn());
+        if let Some((path, dgid)) = route.find(&Target::Receive) {
+            let (peer, mut memory) = path.bind(&context.conn, qpn, dgid);
+            abandon(progress, &peer, &mut memory, qpn, context.id());
+        }
     }
 
     /// The head of the queue ended.
@@ -298,6 +321,7 @@ impl Qp {
         status: WcStatus,
         byte_len: u32,
     ) {
+        self.give_up(side);
         side.queue.next = side.queue.next.wrapping_add(1);
         side.progress = Progress::default();
         side.stall = Stall::None;
@@ -309,7 +333,7 @@ impl Qp {
             QpShared::count(&counters.tx_bytes, u64::from(byte_len));
         } else if status != WcStatus::WrFlushErr {
             QpShared::count(&counters.errors, 1);
-            self.send_failed();
+            self.send_failed(side);
         }
         if wanted {
             self.send_cq.completed(self.send_bit, !ok);
@@ -317,12 +341,12 @@ impl Qp {
     }
 
     /// A send ended in error: a connected QP goes to ERR, a datagram QP's send queue to SQE.
-    fn send_failed(&self) {
+    fn send_failed(&self, side: &SendSide) {
+        let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
         if self.kind() == QpType::Ud {
-            self.lanes.set_state(QpState::Sqe);
-        } else if self.state() != QpState::Err {
-            self.lanes.set_state(QpState::Err);
-            self.recv_cq.completed(self.recv_bit, true);
+            self.lanes.change_state(QpState::Sqe, |now| now == QpState::Rts);
+        } else if self.lanes.change_state(QpState::Err, lives) {
+            self.stop_receiving(side.route.dest);
         }
     }
 
@@ -343,6 +367,13 @@ impl Qp {
             side.listed = false;
         }
         !side.listed
+    }
+}
+
+impl Patience {
+    fn retry_deadline(self) -> Option<Instant> {
+        let timeout = ack_timeout_us(u32::from(self.timeout))?;
+        Some(Instant::now() + Duration::from_micros(timeout) * (u32::from(self.retry_cnt) + 1))
     }
 }
 
