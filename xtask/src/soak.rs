@@ -178,7 +178,7 @@ fn enter(root: &Path, toolchain: &Toolchain) -> Command {
         mount -t tmpfs tmpfs "$ROOT/run"
         mount -t tmpfs tmpfs "$ROOT/tmp"
         mkdir -p "$ROOT/opt/rust"
-        mount --bind -o ro "$SYSROOT" "$ROOT/opt/rust"
+        mount --bind -o ro "$TOOLCHAIN" "$ROOT/opt/rust"
         cd "$ROOT"
         pivot_root . mnt
         cd /root/freeflow
@@ -191,7 +191,7 @@ fn enter(root: &Path, toolchain: &Toolchain) -> Command {
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "private", "sh", "-c", SCRIPT]);
     command.env_clear().envs(kept_variables());
-    command.env("ROOT", root).env("SYSROOT", &toolchain.sysroot).env("HOME", "/root");
+    command.env("ROOT", root).env("TOOLCHAIN", &toolchain.sysroot).env("HOME", "/root");
     command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     command
 }
