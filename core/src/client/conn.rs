@@ -27,6 +27,7 @@ pub fn socket_candidates() -> Vec<PathBuf> {
 #[derive(Debug)]
 pub struct Conn {
     rpc: Mutex<Socket>,
+    birth: fork::Birth,
     /// What the router said at the start.
     pub hello: HelloReply,
 }
@@ -63,13 +64,18 @@ impl Conn {
             fds.next().ok_or_else(|| Error::Disconnected("no event socket came with Hello".into()))?;
         fork::neutralize_in_child(socket.as_fd());
         fork::neutralize_in_child(events.as_fd());
-        let conn = Conn { rpc: Mutex::new(socket), hello };
+        let conn = Conn { rpc: Mutex::new(socket), birth: fork::Birth::now(), hello };
         Ok(Opened { conn, events: Socket::new(events), fds })
+    }
+
+    /// Is this the copy a forked child has of its parent's connection? Nothing made over it is the child's to touch.
+    pub fn is_inherited(&self) -> bool {
+        self.birth.is_inherited()
     }
 
     /// One request, one reply.
     pub fn call<T: Request>(&self, request: &T, fds: &[BorrowedFd<'_>]) -> Result<(T::Reply, Vec<OwnedFd>)> {
-        if fork::in_child() {
+        if self.is_inherited() {
             return Err(Error::Disconnected("the context belongs to the parent process".into()));
         }
         let socket = self.rpc.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -48,7 +48,6 @@ pub struct Context {
 impl Context {
     /// Connects to the router and starts the helper thread.
     pub fn open() -> Result<Arc<Context>> {
-        fork::adopt();
         let Opened { conn, events, mut fds } = Conn::open(purpose::VERBS)?;
         let table = fds.next().ok_or_else(|| Error::Disconnected("no MR table came with Hello".into()))?;
         let table = Mapping::new(table, 0, MR_SLOTS * size_of::<MrEntry>(), true);

@@ -260,6 +260,9 @@ fn fill(out: &mut [Wc], mut next: impl FnMut() -> Option<Wc>) -> usize {
 
 impl Drop for Cq {
     fn drop(&mut self) {
+        if self.context.conn.is_inherited() {
+            return; // its bell and its header are the parent's
+        }
         if let Some(channel) = &self.channel {
             channel.detach(self);
         }

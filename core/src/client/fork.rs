@@ -1,29 +1,35 @@
 //! What a forked child must not touch: the router connections and queues are the parent's.
 //!
 //! The child's copies of the registered descriptors are replaced by a dead one, so that the parent's death closes its
-//! connection, and every request in the child fails.
+//! connection, and every request in the child fails. Contexts that the child opens are its own and work.
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 
 const SLOTS: usize = 256;
 
-static IN_CHILD: AtomicBool = AtomicBool::new(false);
+/// How many forks this process is away from the first.
+static GENERATION: AtomicU32 = AtomicU32::new(0);
 static FDS: [AtomicI32; SLOTS] = [const { AtomicI32::new(-1) }; SLOTS];
 /// A descriptor that answers nothing, to put over the others.
 static DEAD: AtomicI32 = AtomicI32::new(-1);
 static INSTALL: Once = Once::new();
 
-/// Is this a child of the process that opened the contexts it inherited? (New contexts of the child work: see [`adopt`].)
-pub fn in_child() -> bool {
-    IN_CHILD.load(Ordering::Relaxed)
-}
+/// The process that something was made in.
+#[derive(Debug, Clone, Copy)]
+pub struct Birth(u32);
 
-/// A context is being opened: if this is a child, the inherited ones are finished with and new ones count.
-pub fn adopt() {
-    install();
-    IN_CHILD.store(false, Ordering::Relaxed);
+impl Birth {
+    pub fn now() -> Self {
+        install();
+        Birth(GENERATION.load(Ordering::Relaxed))
+    }
+
+    /// Has this process inherited it from the one it was made in?
+    pub fn is_inherited(self) -> bool {
+        self.0 != GENERATION.load(Ordering::Relaxed)
+    }
 }
 
 /// Registers a descriptor that a child must not keep open.
@@ -57,7 +63,7 @@ fn install() {
 }
 
 extern "C" fn child() {
-    IN_CHILD.store(true, Ordering::Relaxed);
+    GENERATION.fetch_add(1, Ordering::Relaxed);
     let dead: RawFd = DEAD.load(Ordering::Relaxed);
     for slot in &FDS {
         let fd = slot.swap(-1, Ordering::Relaxed);

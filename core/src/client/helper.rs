@@ -29,6 +29,7 @@ const GRACE: Duration = Duration::from_millis(1);
 #[derive(Debug)]
 pub struct Helper {
     shared: Arc<Shared>,
+    birth: fork::Birth,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -47,7 +48,7 @@ impl Helper {
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
         fork::neutralize_in_child(bell.as_fd());
         let shared = Shared { events, bell, stop: AtomicBool::new(false), watching: AtomicBool::new(false) };
-        Ok(Helper { shared: Arc::new(shared), thread: Mutex::new(None) })
+        Ok(Helper { shared: Arc::new(shared), birth: fork::Birth::now(), thread: Mutex::new(None) })
     }
 
     /// Starts the thread, with all signals blocked: they are the program's.
@@ -88,10 +89,15 @@ impl Helper {
         fork::forget(self.shared.events.as_fd());
         fork::forget(self.shared.bell.as_fd());
         let Some(thread) = thread else { return };
+        if self.birth.is_inherited() {
+            // The thread is not here, and its handle may name one of this process's own by now.
+            std::mem::forget(thread);
+            return;
+        }
         self.shared.stop.store(true, Ordering::Release);
         self.ring();
-        // In a forked child the thread does not exist; on the helper itself (it held the last reference) it is ending.
-        if !fork::in_child() && thread.thread().id() != std::thread::current().id() {
+        // On the helper itself (it held the last reference) the thread is ending.
+        if thread.thread().id() != std::thread::current().id() {
             let _ = thread.join();
         }
     }

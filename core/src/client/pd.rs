@@ -121,10 +121,10 @@ impl Mr {
 impl Drop for Mr {
     /// ibv_dereg_mr(3): when it returns, nothing lands any more.
     fn drop(&mut self) {
-        if super::fork::in_child() {
+        let context = &self.pd.context;
+        if context.conn.is_inherited() {
             return;
         }
-        let context = &self.pd.context;
         context.mrs[slot_of(self.key)].kill();
         let deadline = Instant::now() + QUIESCE;
         for qp in context.all_qps() {

@@ -32,6 +32,8 @@ unsafe impl Shared for crate::ring::MrEntry {}
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    /// The process that made it.
+    pid: u32,
 }
 
 // SAFETY: a mapping is plain memory, valid in every thread until it is dropped; access is through atomics or raw copies.
@@ -47,7 +49,7 @@ impl Mapping {
         // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
         let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;
         let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
-        Ok(Mapping { base, len })
+        Ok(Mapping { base, len, pid: std::process::id() })
     }
 
     /// Keeps the mapping out of forked children: queues belong to one process.
@@ -90,7 +92,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: this object made the mapping, and views into it borrow this object.
+        if self.pid != std::process::id() {
+            return; // a forked child does not have it (dont_fork), but maybe something else at its address
+        }
+        // SAFETY: this object made the mapping in this process, and views into it borrow this object.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
     }
 }

@@ -23,7 +23,6 @@ use crate::verbs::{Gid, QpAttr, QpCaps, QpState, QpType, limits};
 use super::context::Context;
 use super::cq::Cq;
 use super::events::{AsyncEvent, AsyncKind};
-use super::fork;
 use super::lanes::{Lanes, RecvLane, SendLane};
 use super::pd::{Pd, QUIESCE};
 use super::slab::{Block, BlockKind};
@@ -282,7 +281,7 @@ impl Qp {
     /// ibv_destroy_qp(3): when it returns, nothing of the QP's is used any more, whoever else still holds it (the
     /// helper thread does for moments).
     pub fn close(&self) {
-        if fork::in_child() || self.closed.swap(true, Ordering::AcqRel) {
+        if self.context().conn.is_inherited() || self.closed.swap(true, Ordering::AcqRel) {
             return;
         }
         let context = self.context();
