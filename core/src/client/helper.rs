@@ -133,21 +133,27 @@ impl Drop for SignalMask {
 
 fn run(shared: &Shared, context: &Weak<Context>) {
     let mut timeout = None;
+    let mut router = true;
     while !shared.stop.load(Ordering::Acquire) {
-        let mut fds = [PollFd::new(&shared.events, PollFlags::IN), PollFd::new(&shared.bell, PollFlags::IN)];
+        let mut fds = [PollFd::new(&shared.bell, PollFlags::IN), PollFd::new(&shared.events, PollFlags::IN)];
+        let fds = if router { &mut fds[..] } else { &mut fds[..1] };
         let spec = timeout
             .map(|t: Duration| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
-        let _ = poll(&mut fds, spec.as_ref());
-        let (heard, rung) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
+        let _ = poll(fds, spec.as_ref());
+        let (rung, heard) = (!fds[0].revents().is_empty(), router && !fds[1].revents().is_empty());
         if rung {
             let _ = rustix::io::read(&shared.bell, &mut [0u8; 8]);
         }
         let Some(context) = context.upgrade() else { return };
         if heard && !hear(shared, &context) {
             router_gone(&context);
-            return;
+            router = false;
         }
         timeout = watch(shared, &context, rung);
+        if !router && context.stalled.any() {
+            // Nobody is left to tell of a receive or of the peer.
+            timeout = Some(timeout.map_or(GRACE, |t| t.min(GRACE)));
+        }
     }
 }
 

@@ -38,11 +38,15 @@ fn compile(name: &str) -> Option<PathBuf> {
 }
 
 /// A program on our library; `timeout` (coreutils) is its watchdog.
-fn run(program: &Path, args: &[&str], socket: &Path) -> Output {
+fn command(program: &Path, args: &[&str], socket: &Path) -> Command {
     let mut command = Command::new("timeout");
     command.arg("60").arg(program).args(args);
     command.env("LD_LIBRARY_PATH", lib_dir()).env("FREEFLOW_SOCKET", socket);
-    command.output().expect("timeout starts")
+    command
+}
+
+fn run(program: &Path, args: &[&str], socket: &Path) -> Output {
+    command(program, args, socket).output().expect("timeout starts")
 }
 
 fn assert_ok(what: &str, out: &Output) {
@@ -154,6 +158,20 @@ fn async_events_name_their_object_and_hold_up_its_end() {
 #[test]
 fn a_forked_child_neither_disturbs_nor_hangs() {
     run_with_router("forked");
+}
+
+#[test]
+fn connections_outlive_the_router() {
+    let Some(program) = compile("router_gone") else { return };
+    let router = Router::start("gone");
+    let mut command = command(&program, &[], &router.socket());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("timeout starts");
+    let mut ready = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+    stdout.read_line(&mut ready).expect("a line");
+    assert_eq!(ready, "ready\n");
+    drop(router);
+    assert_ok("router_gone", &child.wait_with_output().expect("it can be waited for"));
 }
 
 #[test]
