@@ -271,7 +271,7 @@ impl Lanes {
             self.qp.upgrade().inspect(|qp| qp.established());
         }
         if wc.status != 0 && wc.status != WcStatus::WrFlushErr as u32 {
-            self.qp.upgrade().inspect(|qp| qp.enter_error());
+            let _ = self.qp.upgrade().is_some_and(|qp| qp.enter_error());
         }
         Some(wc)
     }

@@ -191,15 +191,16 @@ impl Qp {
         self.send.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves to ERR: everything queued is flushed, sleepers are woken.
-    pub(super) fn enter_error(self: &Arc<Self>) {
+    /// Moves to ERR: everything queued is flushed, sleepers are woken. False: it was there, or is reset.
+    pub(super) fn enter_error(self: &Arc<Self>) -> bool {
         let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
         if !self.lanes.change_state(QpState::Err, lives) {
-            return;
+            return false;
         }
         self.progress(false);
         let dest = self.lock_send().route.dest;
         self.stop_receiving(dest);
+        true
     }
 
     /// In ERR: when the copy that may be running has ended nobody fills a receive any more, and all of them flush.
@@ -217,11 +218,13 @@ impl Qp {
 
     /// Moves to ERR for a reason the program hears of by an asynchronous event.
     pub(super) fn fail(self: &Arc<Self>, kind: AsyncKind) {
-        if !self.state().receives() {
+        if !self.state().receives() || !self.enter_error() {
             return;
         }
-        self.enter_error();
         self.context().events.push(AsyncEvent { kind, cookie: self.cookie });
+        if self.closed.load(Ordering::Acquire) {
+            self.context().events.withdraw(self.cookie); // destroyed meanwhile: the cookie may be another QP's soon
+        }
     }
 
     /// The first message came before the program moved to RTS: IBV_EVENT_COMM_EST, told when it is polled.
