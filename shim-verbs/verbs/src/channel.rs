@@ -2,8 +2,9 @@
 
 use crate::context::Context;
 use crate::cq::Cq;
-use crate::guard::{self, EBUSY, Result};
+use crate::guard::{self, EBUSY, Errno, Result};
 use crate::object::{Live, Object};
+use crate::signals;
 use freeflow_core::client;
 use freeflow_verbs_abi::*;
 use std::ffi::{c_int, c_uint, c_void};
@@ -86,7 +87,10 @@ unsafe fn next_event(channel: *mut ibv_comp_channel) -> Result<*mut ibv_cq> {
     // SAFETY: the caller's promise.
     let rust = unsafe { &Channel::of(channel).rust };
     loop {
-        let cookie = rust.core.next_event()?;
+        let cookie = match rust.core.next_event().map_err(Errno::from) {
+            Err(Errno(libc::EINTR)) if signals::restarts() => continue,
+            answer => answer?,
+        };
         let cq = cookie as *mut ibv_cq;
         // SAFETY: the cookie is the address of the CQ, which is live while this runs.
         let count = || unsafe { Cq::of(cq) }.rust.comp_events.add();

@@ -27,6 +27,7 @@ mod post;
 mod qp;
 mod query;
 mod rates;
+mod signals;
 mod strings;
 mod sysfs;
 mod unsupported;

@@ -161,6 +161,11 @@ fn a_forked_child_neither_disturbs_nor_hangs() {
 }
 
 #[test]
+fn signals_interrupt_a_wait_as_they_do_a_read() {
+    run_with_router("signals");
+}
+
+#[test]
 fn connections_outlive_the_router() {
     let Some(program) = compile("router_gone") else { return };
     let router = Router::start("gone");
