@@ -403,10 +403,36 @@ static void drained_event(void)
 	ibv_ack_async_event(&event);
 }
 
+/* The event comes when the request that was under way has ended; none is left half done. */
+static void drained_after_the_request_under_way(void)
+{
+	enum { BIG = 32 << 20 };
+	struct end_cfg c = { .len = BIG };
+	struct pair p = pair_loopback(&c, &c);
+	struct ibv_qp_attr a = { .qp_state = IBV_QPS_SQD, .en_sqd_async_notify = 1 };
+	struct ibv_async_event event;
+	struct ibv_wc wc;
+
+	end_connect(p.a);
+	end_connect(p.b);
+	fill(p.a->buf, BIG, 1);
+	OK(post_op(p.a, IBV_WR_RDMA_WRITE, 1, 0, BIG, 0, 0));
+	OK(ibv_modify_qp(p.a->qp, &a, IBV_QP_STATE | IBV_QP_EN_SQD_ASYNC_NOTIFY));
+	EQ(ibv_get_async_event(ctx, &event), 0);
+	EQ(event.event_type, IBV_EVENT_SQ_DRAINED);
+	ibv_ack_async_event(&event);
+	if (ibv_poll_cq(p.a->scq, 1, &wc)) {
+		EQ(wc.status, IBV_WC_SUCCESS);
+		SAME(p.b->buf, BIG, 1);
+	} else {
+		ALL(p.b->buf, BIG, GUARD);
+	}
+}
+
 #define CASE(name) { #name, name, LOCAL }
 static const struct test_case cases[] = {
 	CASE(rc_transitions), CASE(ud_transitions), CASE(rc_masks), CASE(ud_masks), CASE(mask_without_state), CASE(bad_values),
 	CASE(query_returns_what_was_set), CASE(ud_query_returns_what_was_set), CASE(rc_posting), CASE(ud_posting), CASE(bad_requests),
-	CASE(drained_queue_waits), CASE(drained_event),
+	CASE(drained_queue_waits), CASE(drained_event), CASE(drained_after_the_request_under_way),
 };
 SUITE(cases)

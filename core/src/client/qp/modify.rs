@@ -8,7 +8,6 @@ use crate::sync::Ordering;
 use crate::verbs::{QpAttr, QpAttrMask as Mask, QpState, QpType, limits, transition};
 
 use super::super::ah::resolve_ah;
-use super::super::events::{AsyncEvent, AsyncKind};
 use super::Qp;
 
 impl Qp {
@@ -50,11 +49,9 @@ impl Qp {
             return Err(Error::Invalid("the QP failed meanwhile (ibv_query_qp tells its state)"));
         }
         if to == QpState::Sqd && mask.contains(Mask::EN_SQD_ASYNC_NOTIFY) {
-            // Whoever runs a request holds the lock; when we have it none is running.
-            drop(self.lock_send());
-            self.context().events.push(AsyncEvent { kind: AsyncKind::SqDrained, cookie: self.cookie });
+            self.lock_send().tell_drained = true;
         }
-        if to == QpState::Rts {
+        if matches!(to, QpState::Rts | QpState::Sqd) {
             self.progress(false);
         }
         Ok(())

@@ -16,6 +16,7 @@ use crate::verbs::{
     QpAttr, QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits, rnr_timer_us,
 };
 
+use super::super::events::{AsyncEvent, AsyncKind};
 use super::super::stall::Stall;
 use super::Qp;
 use super::queue::Queue;
@@ -49,6 +50,8 @@ pub struct SendSide {
     /// On the context's list of stalled queues.
     listed: bool,
     patience: Patience,
+    /// The program waits for IBV_EVENT_SQ_DRAINED.
+    pub tell_drained: bool,
 }
 
 /// How long a request may wait: attributes of the QP, here because modify holds theirs while it takes the send lock.
@@ -68,6 +71,7 @@ impl SendSide {
             stall: Stall::None,
             listed: false,
             patience: Patience::default(),
+            tell_drained: false,
         }
     }
 
@@ -81,6 +85,7 @@ impl SendSide {
         self.route = Route::default();
         self.progress = Progress::default();
         self.stall = Stall::None;
+        self.tell_drained = false;
     }
 }
 
@@ -230,8 +235,10 @@ impl Qp {
             let SendSide { queue, route, progress, .. } = side;
             let Some((wr_id, request)) = queue.head() else { break };
             let (op, flags) = (request.op, request.flags);
+            let begun = *progress != Progress::default();
             match self.state() {
-                QpState::Rts => match self.run(route, progress, &request) {
+                QpState::Sqd if !begun => break,
+                QpState::Rts | QpState::Sqd => match self.run(route, progress, &request) {
                     Outcome::Done { status, byte_len } => {
                         self.finish(side, wr_id, op, flags, status, byte_len)
                     }
@@ -245,6 +252,9 @@ impl Qp {
             }
         }
         side.stall = Stall::None;
+        if std::mem::take(&mut side.tell_drained) && self.state() == QpState::Sqd {
+            self.context().events.push(AsyncEvent { kind: AsyncKind::SqDrained, cookie: self.cookie });
+        }
     }
 
     /// The head waits: until when? Some: it has waited long enough and ends with that status.
