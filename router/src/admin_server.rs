@@ -149,7 +149,10 @@ impl Admin {
             }
             Some(_) => None,
             None => {
-                make_dir(dir, 0o755).map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
+                // Who reaches a container's socket is that container: the directory above is for the router's user alone.
+                make_dir(&self.containers_dir, 0o700)
+                    .and_then(|()| make_dir(dir, 0o755))
+                    .map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
                 Some(dir.to_owned())
             }
         };

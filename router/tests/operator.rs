@@ -27,6 +27,7 @@ fn containers_come_and_go() {
     let c1 = admin.add(add.clone()).expect("add");
     assert_eq!((c1.tenant.as_str(), c1.vip), ("default", [10, 0, 0, 1].into()));
     assert_eq!((mode(&c1.socket), mode(c1.socket.parent().expect("directory"))), (0o666, 0o755));
+    assert_eq!(mode(&rig.dir.join("containers")), 0o700, "no other user becomes a container");
     assert_eq!((mode(&rig.socket()), mode(&rig.dir.join("admin.sock"))), (0o600, 0o600));
     assert_eq!(admin.add(add.clone()).expect("the same again"), c1);
     admin.add(Add { ip: Some([10, 0, 0, 2].into()), ..add.clone() }).expect_err("another address");

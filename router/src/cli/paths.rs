@@ -7,6 +7,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use freeflow_router::admin;
+use rustix::fs::Access;
 
 use super::failure::{Context as _, Failure, Result};
 use super::vars;
@@ -14,16 +15,22 @@ use super::vars;
 const SYSTEM_DIR: &str = "/run/freeflow";
 const SOCKET_NAME: &str = "router.sock";
 
-/// The router socket to use: the one given, else FREEFLOW_SOCKET, else the system's if it is there, else the user's.
+/// The router socket to use: the one given, else FREEFLOW_SOCKET, else the system's if this user may use it, else the
+/// user's own.
 pub fn router_socket(given: Option<&Path>) -> Result<PathBuf> {
     let system = Path::new(SYSTEM_DIR).join(SOCKET_NAME);
     let is_root = rustix::process::geteuid().is_root();
     resolve(
         given,
         std::env::var_os(vars::SOCKET),
-        system.exists() || is_root,
+        is_root || usable(&system),
         std::env::var_os("XDG_RUNTIME_DIR"),
     )
+}
+
+/// Whether this user may connect to `socket`. Root's router is there for root: others have one of their own.
+fn usable(socket: &Path) -> bool {
+    rustix::fs::access(socket, Access::WRITE_OK).is_ok()
 }
 
 fn resolve(
@@ -44,8 +51,8 @@ fn resolve(
     match xdg.filter(|v| !v.is_empty()) {
         Some(dir) => Ok(Path::new(&dir).join("freeflow").join(SOCKET_NAME)),
         None => Err(Failure::new(format!(
-            "no router socket: there is no {SYSTEM_DIR}/{SOCKET_NAME}, and neither FREEFLOW_SOCKET nor \
-             XDG_RUNTIME_DIR is set; set one of them or give --router"
+            "no router socket: there is no {SYSTEM_DIR}/{SOCKET_NAME} that this user may use, and neither \
+             FREEFLOW_SOCKET nor XDG_RUNTIME_DIR is set; set one of them or give --router"
         ))),
     }
 }
@@ -118,6 +125,18 @@ mod tests {
         assert_eq!(socket(None, Some("".into()), true, xdg()), Ok("/run/freeflow/router.sock".into()));
         assert_eq!(socket(None, None, false, xdg()), Ok("/xdg/freeflow/router.sock".into()));
         assert!(socket(None, None, false, None).is_err());
+    }
+
+    #[test]
+    fn a_socket_of_somebody_else_is_passed_over() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = std::env::temp_dir().join(format!("ff-usable-{}", std::process::id()));
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(usable(&path));
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o400)).unwrap();
+        assert_eq!(usable(&path), rustix::process::getuid().is_root(), "root may use any");
+        std::fs::remove_file(&path).unwrap();
+        assert!(!usable(&path));
     }
 
     #[test]
