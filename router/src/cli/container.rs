@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use freeflow_router::admin::{self, Add, Container};
+use freeflow_router::admin::{self, Add};
+use serde_json::{Value, json};
 
 use super::doors::Doors;
 use super::failure::{Context as _, Failure, Result};
@@ -30,9 +31,14 @@ pub enum Args {
 /// Prepare a directory to mount at /run/freeflow, and print the flags to use.
 #[derive(Debug, Parser)]
 #[command(after_help = "\
+Adding a container again changes nothing and prints the same flags.
+
 Examples:
   freeflow container add web --ip 10.9.0.1
-  docker run $(freeflow container add web --flags) IMAGE CMD")]
+  docker run $(freeflow container add web --flags) IMAGE CMD
+  podman run $(freeflow container add web --flags) IMAGE CMD
+  ff=$(freeflow container add web --oci) && jq --argjson ff \"$ff\" \\
+    '.mounts += $ff.mounts | .process.env += $ff.process.env' config.json >new.json")]
 pub struct AddArgs {
     name: String,
     /// The container's virtual address (default: one from the router's pool)
@@ -47,9 +53,12 @@ pub struct AddArgs {
     /// Socket of the router to use
     #[arg(long, visible_alias = "socket", value_name = "SOCK")]
     router: Option<PathBuf>,
-    /// Print nothing but the flags, on one line
+    /// Print nothing but the flags for docker run and podman run, on one line
     #[arg(long)]
     flags: bool,
+    /// Print nothing but what an OCI bundle's config.json needs (runc, crun), as JSON of the same shape
+    #[arg(long, conflicts_with = "flags")]
+    oci: bool,
 }
 
 /// Remove a container: what its processes hold is destroyed as if they had died.
@@ -93,20 +102,29 @@ fn add(args: AddArgs) -> Result<ExitCode> {
     check_name(&args.name)?;
     let dir = args.dir.unwrap_or_else(|| default_dir(&router, &args.name));
     let dir = std::path::absolute(&dir).context(format_args!("cannot use {}", dir.display()))?;
-    prepare(&dist, &dir)?;
-    let container =
-        client.add(Add { name: args.name, ip: args.ip, tenant: args.tenant, dir: Some(dir.clone()) })?;
-    let flags = flags(&dist, &dir, &container);
+    check_dir(&dir)?;
+    let made = make(&dir)?;
+    let add = Add { name: args.name, ip: args.ip, tenant: args.tenant, dir: Some(dir.clone()) };
+    let container = client.add(add).inspect_err(|_| {
+        if made {
+            // Empty, as it was made a moment ago; else it is somebody else's now.
+            fs::remove_dir(&dir).ok();
+        }
+    })?;
+    place_tree(&dist, &dir)?;
+    let doors = inside_doors(&dist, &container.name, |_| None);
     if args.flags {
-        println!("{}", flags.join(" "));
-        return Ok(ExitCode::SUCCESS);
+        println!("{}", flags(&dir, &doors).join(" "));
+    } else if args.oci {
+        println!("{}", oci(&dir, &doors));
+    } else {
+        println!("{}: {} (tenant {}), {}", container.name, container.vip, container.tenant, dir.display());
+        println!("Flags for docker run and podman run (--flags prints nothing else):");
+        for flag in flags(&dir, &doors) {
+            println!("  {flag}");
+        }
+        println!("For runc and other OCI bundles, --oci prints the mount and the variables for config.json.");
     }
-    println!("{}: {} (tenant {}), {}", container.name, container.vip, container.tenant, dir.display());
-    println!("Flags for docker run and podman run:");
-    for flag in &flags {
-        println!("  {flag}");
-    }
-    println!("For a runc bundle: bind {} at {INSIDE}, and set the same variables.", dir.display());
     Ok(ExitCode::SUCCESS)
 }
 
@@ -125,12 +143,34 @@ fn default_dir(router: &Path, name: &str) -> PathBuf {
     router.with_file_name("containers").join(name)
 }
 
-fn flags(dist: &Dist, dir: &Path, container: &Container) -> Vec<String> {
-    let mut flags = vec![format!("--mount type=bind,src={},dst={INSIDE},readonly", dir.display())];
-    for (name, value) in inside_doors(dist, &container.name, |_| None).variables {
-        flags.push(format!("-e {name}={}", value.display()));
+/// What `$(...)` splits into words, and what takes part in `--mount`'s commas, cannot be in the directory's name.
+fn check_dir(dir: &Path) -> Result<()> {
+    let plain = |c: char| !c.is_whitespace() && !c.is_control() && !",*?[]\\'\"".contains(c);
+    if dir.to_str().is_some_and(|text| text.chars().all(plain)) {
+        return Ok(());
     }
+    Err(Failure::new(format!(
+        "{} cannot be put into flags: give a --dir without blanks, commas, quotes and wildcards",
+        dir.display()
+    )))
+}
+
+fn flags(dir: &Path, doors: &Doors) -> Vec<String> {
+    let mut flags = vec![format!("--mount type=bind,src={},dst={INSIDE},readonly", dir.display())];
+    flags.extend(environment(doors).into_iter().map(|variable| format!("-e {variable}")));
     flags
+}
+
+/// The same for config.json of an OCI bundle.
+fn oci(dir: &Path, doors: &Doors) -> Value {
+    let options = ["bind", "ro", "nosuid", "nodev"];
+    let mount = json!({ "destination": INSIDE, "type": "bind", "source": dir, "options": options });
+    json!({ "mounts": [mount], "process": { "env": environment(doors) } })
+}
+
+/// `NAME=value` of each variable.
+pub fn environment(doors: &Doors) -> Vec<String> {
+    doors.variables.iter().map(|(name, value)| format!("{name}={}", value.display())).collect()
 }
 
 /// The doors of a program inside a container that has its directory at [`INSIDE`].
@@ -144,14 +184,15 @@ pub fn inside_doors(
     Doors::new(&dist.libraries, &inside.join("lib/freeflow"), &socket, Some(name), inherited)
 }
 
-/// Fills `dir` with the libraries and this binary. The directory above is for its owner alone: who reaches a
-/// container's socket is that container.
-fn prepare(dist: &Dist, dir: &Path) -> Result<()> {
+/// Makes a container's directory unless it is there; true if it was made. The directory above is for its owner alone:
+/// who reaches a container's socket is that container.
+fn make(dir: &Path) -> Result<bool> {
     if let Some(parent) = dir.parent() {
         paths::make_dir(parent, 0o700)?;
     }
+    let made = !dir.exists();
     paths::make_dir(dir, 0o755)?;
-    place_tree(dist, dir)
+    Ok(made)
 }
 
 /// Puts the distribution tree (bin/ and lib/freeflow/) into `dir`.
@@ -247,6 +288,26 @@ mod tests {
     }
 
     #[test]
+    fn each_runtime_gets_the_mount_and_the_variables() {
+        let doors = Doors { variables: vec![("FREEFLOW_NAME", "c1".into()), ("LD_PRELOAD", "/a:/b".into())] };
+        let dir = Path::new("/run/freeflow/containers/c1");
+        let mount = "--mount type=bind,src=/run/freeflow/containers/c1,dst=/run/freeflow,readonly";
+        assert_eq!(flags(dir, &doors), [mount, "-e FREEFLOW_NAME=c1", "-e LD_PRELOAD=/a:/b"]);
+        let oci = oci(dir, &doors);
+        assert_eq!(oci["mounts"][0]["source"], "/run/freeflow/containers/c1");
+        assert_eq!(oci["mounts"][0]["destination"], "/run/freeflow");
+        assert_eq!(oci["process"]["env"], json!(["FREEFLOW_NAME=c1", "LD_PRELOAD=/a:/b"]));
+    }
+
+    #[test]
+    fn a_directory_that_would_break_the_flags_is_refused() {
+        assert!(check_dir(Path::new("/srv/ff/c-1_x.y")).is_ok());
+        for bad in ["/srv/f f", "/srv/a,b", "/srv/a*", "/srv/'a", "/srv/a\nb"] {
+            assert!(check_dir(Path::new(bad)).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn a_tree_is_copied_with_its_folders() {
         let base = std::env::temp_dir().join(format!("ff-place-{}", std::process::id()));
         let dist = Dist { binary: base.join("dist/bin/freeflow"), libraries: base.join("dist/lib/freeflow") };
@@ -257,8 +318,10 @@ mod tests {
         fs::write(dist.libraries.join("ucx/libuct_ff.so.0"), "u").unwrap();
         std::os::unix::fs::symlink("libibverbs.so.1", dist.libraries.join("libibverbs.so")).unwrap();
         let dir = base.join("containers/c1");
-        prepare(&dist, &dir).unwrap();
-        prepare(&dist, &dir).unwrap();
+        assert_eq!(make(&dir).unwrap(), true);
+        assert_eq!(make(&dir).unwrap(), false);
+        place_tree(&dist, &dir).unwrap();
+        place_tree(&dist, &dir).unwrap();
         assert_eq!(fs::read(dir.join("lib/freeflow/ucx/libuct_ff.so.0")).unwrap(), b"u");
         let link = fs::read_link(dir.join("lib/freeflow/libibverbs.so")).unwrap();
         assert_eq!(link, Path::new("libibverbs.so.1"));

@@ -158,9 +158,8 @@ fn environment(container: &ContainerSpec) -> Result<Vec<String>> {
         }
     }
     let nothing = |_: &str| -> Option<OsString> { None };
-    for (name, value) in container::inside_doors(&Dist::find()?, &container.name, nothing).variables {
-        variables.push(format!("{name}={}", value.display()));
-    }
+    let doors = container::inside_doors(&Dist::find()?, &container.name, nothing);
+    variables.extend(container::environment(&doors));
     Ok(variables)
 }
 
