@@ -41,7 +41,10 @@ impl Resource {
 
 /// A request beyond a quota.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("quota {}: {used} in use, {asked} more asked for, {limit} allowed", resource.parameter())]
+#[error(
+    "quota {0}: {used} in use, {asked} more asked for, {limit} allowed ({0} in the router's configuration)",
+    resource.parameter()
+)]
 pub struct Exceeded {
     pub resource: Resource,
     pub used: u64,

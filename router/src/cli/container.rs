@@ -61,7 +61,7 @@ pub struct AddArgs {
     oci: bool,
 }
 
-/// Remove a container: what its processes hold is destroyed as if they had died.
+/// Remove a container: what its processes hold is destroyed as if they had died. A directory given as --dir stays.
 #[derive(Debug, Parser)]
 #[command(after_help = "Example:\n  freeflow container rm web")]
 pub struct RmArgs {
@@ -101,7 +101,7 @@ fn add(args: AddArgs) -> Result<ExitCode> {
     let (router, mut client) = connect(args.router.as_deref())?;
     check_name(&args.name)?;
     let dir = args.dir.unwrap_or_else(|| default_dir(&router, &args.name));
-    let dir = std::path::absolute(&dir).context(format_args!("cannot use {}", dir.display()))?;
+    let dir = paths::absolute(&dir)?;
     check_dir(&dir)?;
     let made = make(&dir)?;
     let add = Add { name: args.name, ip: args.ip, tenant: args.tenant, dir: Some(dir.clone()) };
@@ -318,8 +318,8 @@ mod tests {
         fs::write(dist.libraries.join("ucx/libuct_ff.so.0"), "u").unwrap();
         std::os::unix::fs::symlink("libibverbs.so.1", dist.libraries.join("libibverbs.so")).unwrap();
         let dir = base.join("containers/c1");
-        assert_eq!(make(&dir).unwrap(), true);
-        assert_eq!(make(&dir).unwrap(), false);
+        assert!(make(&dir).unwrap());
+        assert!(!make(&dir).unwrap(), "it was there");
         place_tree(&dist, &dir).unwrap();
         place_tree(&dist, &dir).unwrap();
         assert_eq!(fs::read(dir.join("lib/freeflow/ucx/libuct_ff.so.0")).unwrap(), b"u");

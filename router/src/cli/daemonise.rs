@@ -65,16 +65,19 @@ fn await_ready(child: &mut Child) -> Result<()> {
     }
 }
 
-/// Starts the per-user router in its own session, logging beside its socket, and returns once it serves. When two
-/// callers come at once, one starts it and the other finds it.
+/// Starts the router of `socket`, an absolute path, in its own session, logging beside it, and returns once it serves.
+/// When two callers come at once, one starts it and the other finds it.
 pub fn detach(socket: &Path, config: Option<&Path>) -> Result<ExitCode> {
-    let dir = socket.parent().filter(|d| d.is_absolute()).ok_or_else(|| {
-        Failure::new(format!("the router's socket must be an absolute path, not {}", socket.display()))
-    })?;
+    let dir =
+        socket.parent().ok_or_else(|| Failure::new(format!("{} has no directory", socket.display())))?;
     paths::make_dir(dir, 0o755)?;
     let lock = open(&dir.join("router.lock"))?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive).context("cannot lock router.lock")?;
     if paths::answers(socket) {
+        if let Some(config) = config {
+            let (socket, config) = (socket.display(), config.display());
+            eprintln!("freeflow: warning: a router answers at {socket} already; it does not read {config}");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let log_path = dir.join("router.log");

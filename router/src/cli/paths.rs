@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use freeflow_core::ctl;
 use freeflow_router::admin;
 use rustix::fs::Access;
 
@@ -76,6 +77,16 @@ pub fn make_dir(dir: &Path, mode: u32) -> Result<()> {
         .mode(mode)
         .create(dir)
         .context(format_args!("cannot make directory {}", dir.display()))
+}
+
+/// `path` as it is seen from everywhere.
+pub fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).context(format_args!("cannot use {}", path.display()))
+}
+
+/// Whether `socket` is a container's own: somebody listens, but the router's admin socket is not beside it.
+pub fn is_inside_a_container(socket: &Path) -> bool {
+    !admin::admin_socket(socket).exists() && ctl::Socket::connect(socket).is_ok()
 }
 
 /// Whether a router answers at `socket`.

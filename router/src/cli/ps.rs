@@ -12,7 +12,11 @@ use super::{lab, paths};
 
 /// Show containers with their processes, QPs and counters.
 #[derive(Debug, Parser)]
-#[command(after_help = "Examples:\n  freeflow ps\n  freeflow ps --json | jq '.containers[].qps[].path'")]
+#[command(after_help = "\
+Examples:
+  freeflow ps
+  freeflow ps --lab
+  freeflow ps --json | jq '.containers[].qps[].path'")]
 pub struct Args {
     #[arg(long)]
     json: bool,

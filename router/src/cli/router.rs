@@ -35,7 +35,7 @@ pub struct Args {
 }
 
 pub fn main(args: Args) -> Result<ExitCode> {
-    let socket = paths::router_socket(args.socket.as_deref())?;
+    let socket = paths::absolute(&paths::router_socket(args.socket.as_deref())?)?;
     let file = args.config.or_else(|| std::env::var_os(vars::CONFIG).map(PathBuf::from));
     if args.detach {
         return daemonise::detach(&socket, file.as_deref());

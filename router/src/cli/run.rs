@@ -17,11 +17,13 @@ use super::vars;
 /// Run a program with FreeFlow's RDMA device; exit status and signals are the program's own.
 #[derive(Debug, Parser)]
 #[command(after_help = "\
-Starts a per-user router if none answers. Without --name the program belongs to the user's default container.
+Starts a per-user router if none answers. Without --name the program belongs to the user's default container, whose
+programs reach each other, also by 127.0.0.1 and the host's addresses. In a container that freeflow container add
+prepared, the program belongs to that container.
 
 Examples:
   freeflow run -- ibv_devinfo
-  freeflow run -- ib_write_bw -d ff0 &  freeflow run -- ib_write_bw -d ff0 127.0.0.1
+  freeflow run -- ib_write_bw -d ff0 & sleep 1; freeflow run -- ib_write_bw -d ff0 127.0.0.1
   freeflow run --name a --ip 10.9.0.1 -- rping -s -a 10.9.0.1
 
 Exit status 125: FreeFlow itself failed; 126, 127: the program cannot be executed, is not found.")]
@@ -56,20 +58,20 @@ pub fn main(args: Args) -> Result<ExitCode> {
 
 fn prepare(args: &Args) -> Result<Doors> {
     let dist = Dist::find()?;
-    let router = absolute(&paths::router_socket(args.router.as_deref())?)?;
-    if !paths::answers(&router) {
+    let router = paths::absolute(&paths::router_socket(args.router.as_deref())?)?;
+    let inside = paths::is_inside_a_container(&router);
+    if !inside && !paths::answers(&router) {
         start(&router)?;
     }
     let socket = match &args.name {
         None => router,
+        Some(_) if inside => {
+            return Err(Failure::new("a container has one identity: leave out --name in it"));
+        }
         Some(name) => container_socket(&router, name, args)?,
     };
     let inherited = |name: &str| std::env::var_os(name);
     Ok(Doors::new(&dist.libraries, &dist.libraries, &socket, args.name.as_deref(), inherited))
-}
-
-fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).context(format_args!("cannot use {}", path.display()))
 }
 
 /// A process between us and the router: were it our own child, the program we become would inherit it.

@@ -127,8 +127,15 @@ impl State {
                 new.name, new.tenant
             ));
         }
-        if self.container_named(&new.name).is_some() {
-            return Err(format!("container {} exists already with other attributes", new.name));
+        if let Some(there) = self.container_named(&new.name) {
+            return Err(format!(
+                "container {} exists already, with address {}, tenant {} and socket {}: leave out what differs, or \
+                 remove it first",
+                there.name,
+                there.vip,
+                there.tenant,
+                there.socket.display()
+            ));
         }
         let tenant: Tenant = new.tenant.as_str().into();
         let vip = match new.vip {
@@ -137,7 +144,9 @@ impl State {
         };
         if let Some(holder) = self.directory.find(&tenant, vip) {
             let name = self.containers.get(&holder).map_or("?", |c| c.name.as_str());
-            return Err(format!("container {name} of tenant {tenant} has address {vip} already"));
+            return Err(format!(
+                "container {name} of tenant {tenant} has address {vip} already: take another, or remove that one"
+            ));
         }
         let id = self.next_container;
         self.next_container += 1;

@@ -83,6 +83,9 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     let mut findings = router::check(args.router.as_deref());
     findings.extend(libraries::check(args));
     findings.extend(host::check());
+    if !router::is_inside(args.router.as_deref()) {
+        findings.extend(host::lab());
+    }
     let ok = findings.iter().all(|f| f.level != Level::Bad);
     if args.json {
         let report = Report { version: 1, ok, findings: &findings };

@@ -78,13 +78,20 @@ fn running() -> Result<Vec<(PathBuf, State)>> {
 /// The router socket of the only running lab, as this process can reach it.
 pub fn running_router() -> Result<PathBuf> {
     match running()?.as_slice() {
-        [] => Err(Failure::new("no lab is running")),
+        [] => Err(no_lab()),
         [(dir, state)] => {
             let root = Path::new("/proc").join(state.inner.to_string()).join("root");
             Ok(root.join(router_socket(dir).strip_prefix("/").unwrap_or(dir)))
         }
         several => Err(Failure::new(format!("{} labs are running: give --router", several.len()))),
     }
+}
+
+fn no_lab() -> Failure {
+    Failure::new(
+        "no lab of this user is running: freeflow lab starts one. Containers of docker, podman and runc are \
+         entered with their own exec",
+    )
 }
 
 /// A running lab that has a certain container.
@@ -102,7 +109,7 @@ pub fn find(name: &str) -> Result<Running> {
         [(dir, state)] => {
             Ok(Running { runc_root: runc_root(dir), inner: state.inner, rootless: state.rootless })
         }
-        [] if running.is_empty() => Err(Failure::new("no lab is running")),
+        [] if running.is_empty() => Err(no_lab()),
         [] => Err(Failure::new(format!("no running lab has a container {name:?}"))),
         several => Err(Failure::new(format!("{} running labs have a container {name:?}", several.len()))),
     }
