@@ -16,6 +16,7 @@ use crate::admin::{
 };
 use crate::identity::credentials;
 use crate::listener::{Listener, Stop};
+use crate::remembered::Remembered;
 use crate::shared::Shared;
 use crate::state::{Container, NewContainer, State};
 use crate::{admin, cm_hook};
@@ -29,6 +30,7 @@ pub struct Admin {
     shared: Arc<Shared>,
     /// Containers without a directory of their own get one in here.
     containers_dir: PathBuf,
+    remembered: Remembered,
     /// The container that cannot be removed.
     default: u32,
     /// One change at a time; none once the router stops.
@@ -47,7 +49,46 @@ struct Place {
 impl Admin {
     pub fn new(shared: Arc<Shared>, socket_dir: &Path, default: u32) -> Self {
         let containers_dir = socket_dir.join("containers");
-        Admin { shared, containers_dir, default, listeners: Mutex::new(Some(BTreeMap::new())) }
+        let remembered = Remembered::beside(socket_dir);
+        Admin { shared, containers_dir, remembered, default, listeners: Mutex::new(Some(BTreeMap::new())) }
+    }
+
+    /// Serves the containers again that the last router had in directories of their own. To be called once, at the start.
+    pub fn restore(&self) {
+        let adds = self.remembered.load().unwrap_or_else(|error| {
+            let path = self.remembered.path().display();
+            tracing::warn!("cannot read {path}, add the containers again: {error}");
+            vec![]
+        });
+        let mut guard = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(listeners) = guard.as_mut() else { return };
+        for add in &adds {
+            if let Err(why) = self.establish(listeners, add) {
+                tracing::warn!("container {} does not come back: {why}", add.name);
+            }
+        }
+        if !adds.is_empty() {
+            self.remember(listeners);
+        }
+    }
+
+    /// Saves which containers have directories of their own; those the router made go with it.
+    fn remember(&self, listeners: &BTreeMap<u32, Place>) {
+        let ids = listeners.iter().filter(|(_, place)| place.made.is_none()).map(|(id, _)| *id);
+        let adds = self.shared.with(|state| {
+            let containers = ids.filter_map(|id| state.containers.get(&id));
+            let add = |c: &Container| Add {
+                name: c.name.clone(),
+                ip: Some(c.vip),
+                tenant: Some(c.tenant.to_string()),
+                dir: c.socket.parent().map(Path::to_owned),
+            };
+            containers.map(add).collect::<Vec<_>>()
+        });
+        if let Err(error) = self.remembered.save(&adds) {
+            let path = self.remembered.path().display();
+            tracing::warn!("cannot write {path}, a restart will lose containers: {error}");
+        }
     }
 
     /// Serves one connection until either side ends it.
@@ -110,28 +151,35 @@ impl Admin {
     fn add(&self, add: Add) -> Result<admin::Container, String> {
         let mut guard = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         let listeners = guard.as_mut().ok_or("the router is stopping")?;
+        let before = listeners.len();
+        let id = self.establish(listeners, &add)?;
+        if listeners.len() != before && add.dir.is_some() {
+            self.remember(listeners);
+        }
+        self.describe(id).ok_or_else(|| "the container is gone again".into())
+    }
+
+    /// The container that `add` means, made if it is not there.
+    fn establish(&self, listeners: &mut BTreeMap<u32, Place>, add: &Add) -> Result<u32, String> {
         let tenant = add.tenant.clone().unwrap_or_else(|| DEFAULT_TENANT.into());
         let dir = add.dir.clone().unwrap_or_else(|| self.containers_dir.join(&add.name));
         let socket = dir.join(CONTAINER_SOCKET_NAME);
-        let same = |state: &mut State| state.container_named(&add.name).and_then(|c| same(c, &add, &tenant));
-        let id = match self.shared.with(same) {
-            Some(id) => id,
-            None => {
-                let new = NewContainer {
-                    name: add.name.clone(),
-                    tenant,
-                    vip: add.ip,
-                    aliases: vec![],
-                    socket: socket.clone(),
-                };
-                let id = self.shared.with(|state| state.add_container(new))?;
-                let place = self.open(id, add.dir.as_deref(), &dir, &socket);
-                listeners.insert(id, place.inspect_err(|_| self.abandon(id))?);
-                tracing::info!("added container {} at {}", add.name, socket.display());
-                id
-            }
+        let same = |state: &mut State| state.container_named(&add.name).and_then(|c| same(c, add, &tenant));
+        if let Some(id) = self.shared.with(same) {
+            return Ok(id);
+        }
+        let new = NewContainer {
+            name: add.name.clone(),
+            tenant,
+            vip: add.ip,
+            aliases: vec![],
+            socket: socket.clone(),
         };
-        self.describe(id).ok_or_else(|| "the container is gone again".into())
+        let id = self.shared.with(|state| state.add_container(new))?;
+        let place = self.open(id, add.dir.as_deref(), &dir, &socket);
+        listeners.insert(id, place.inspect_err(|_| self.abandon(id))?);
+        tracing::info!("added container {} at {}", add.name, socket.display());
+        Ok(id)
     }
 
     /// Takes a container that was never reachable out again.
@@ -174,6 +222,8 @@ impl Admin {
             if let Some(dir) = made {
                 // What others put there is theirs to remove.
                 let _ = std::fs::remove_dir(dir);
+            } else {
+                self.remember(listeners);
             }
         }
         self.shared.with(|state| state.leave(id));

@@ -105,6 +105,7 @@ impl Daemon {
         shared.cm.get_or_init(|| cm);
         let default = add_default(&shared, &socket)?;
         let admin = Arc::new(Admin::new(shared.clone(), dir, default));
+        admin.restore();
         let (fd, admin_file) = listen(&admin_socket(&socket), SocketType::STREAM, 0o600)?;
         let main = Listener::start(&shared, default, &socket, 0o600)?;
         let admin_stop = Arc::new(Stop::new().map_err(system("eventfd"))?);

@@ -16,6 +16,7 @@ mod ps;
 mod quota;
 mod random;
 mod refusal;
+mod remembered;
 mod requests;
 mod session;
 mod shared;

@@ -72,6 +72,30 @@ fn a_container_can_live_in_a_directory_of_the_operators() {
 }
 
 #[test]
+fn a_restart_keeps_containers_in_directories_of_their_own() {
+    let mut rig = Rig::new();
+    let dir = rig.dir.join("given");
+    std::fs::create_dir(&dir).expect("directory");
+    let mut admin = rig.admin();
+    let c1 = admin.add(Add { name: "c1".into(), dir: Some(dir.clone()), ..Add::default() }).expect("add");
+    admin.add(Add { name: "c2".into(), ..Add::default() }).expect("add");
+    rig.daemon.take();
+    assert!(!c1.socket.exists());
+    rig.daemon = Some(Daemon::start(&rig.socket(), Settings::default()).expect("restart"));
+    let after = rig.admin().ls().expect("ls");
+    assert_eq!(
+        (after.len(), &after[1]),
+        (2, &c1),
+        "with its address; c2's directory went with the first router"
+    );
+    Client::at(&c1.socket);
+    rig.daemon.take();
+    std::fs::remove_dir(&dir).expect("empty");
+    rig.daemon = Some(Daemon::start(&rig.socket(), Settings::default()).expect("restart"));
+    assert_eq!(rig.admin().ls().expect("ls").len(), 1, "it has no place any more");
+}
+
+#[test]
 fn ls_shows_ports_that_rdma_cm_listens_on() {
     let rig = Rig::new();
     let c1 = rig.container("c1", [10, 0, 0, 1], "red");
