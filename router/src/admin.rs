@@ -10,7 +10,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
+
+use crate::identity::credentials;
 
 /// Longest line either side accepts: `ps` of a host with thousands of QPs fits many times over.
 pub const MAX_LINE: u64 = 64 << 20;
@@ -222,12 +225,22 @@ impl Client {
         }
     }
 
+    /// The router's process, by the kernel's word, as this process' pid namespace numbers it.
+    pub fn router_pid(&self) -> Result<Pid, Error> {
+        let credentials = credentials(self.stream.get_ref()).map_err(|e| self.broke_off(e.into()))?;
+        let elsewhere = || io::Error::other("it runs in a pid namespace that this process does not see into");
+        Pid::from_raw(credentials.pid).ok_or_else(|| self.broke_off(elsewhere()))
+    }
+
+    fn broke_off(&self, source: io::Error) -> Error {
+        Error::Io { path: self.path.clone(), source }
+    }
+
     fn exchange(&mut self, request: &Request) -> Result<Answer, Error> {
-        let io_error = |path: &Path, source| Error::Io { path: path.to_owned(), source };
-        write_line(self.stream.get_mut(), request).map_err(|e| io_error(&self.path, e))?;
+        write_line(self.stream.get_mut(), request).map_err(|e| self.broke_off(e))?;
         let line = read_line(&mut self.stream)
             .and_then(|line| line.ok_or_else(|| io::ErrorKind::UnexpectedEof.into()))
-            .map_err(|e| io_error(&self.path, e))?;
+            .map_err(|e| self.broke_off(e))?;
         serde_json::from_str(&line).map_err(|source| Error::Protocol { path: self.path.clone(), source })
     }
 

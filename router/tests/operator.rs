@@ -146,8 +146,14 @@ fn sigterm_ends_the_daemon_and_its_files() {
     let mut admin = admin::Client::connect(&socket).expect("admin");
     let c1 = admin.add(Add { name: "c1".into(), ..Add::default() }).expect("add");
     assert_eq!(admin.ping().expect("ping").pid, daemon.id());
-    let pid = rustix::process::Pid::from_child(&daemon);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("kill");
+    assert_eq!(admin.router_pid().expect("credentials"), rustix::process::Pid::from_child(&daemon));
+    // What `--stop` sends is SIGTERM.
+    let stop = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_freeflow"));
+        command.args(["router", "--stop", "--socket"]).arg(&socket).stderr(Stdio::null()).status()
+    };
+    assert!(stop().expect("freeflow router --stop").success());
+    assert!(!stop().expect("freeflow router --stop").success(), "nobody is there to be stopped");
     assert!(daemon.wait().expect("wait").success());
     assert!(matches!(client.socket.recv(RecvFlags::empty()), Err(SocketError::Closed)));
     assert!(!socket.exists() && !c1.socket.exists());

@@ -14,6 +14,7 @@ mod paths;
 mod ps;
 mod router;
 mod run;
+mod stop;
 mod sys;
 mod vars;
 

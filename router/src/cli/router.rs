@@ -10,7 +10,7 @@ use freeflow_router::daemon;
 use tracing_subscriber::EnvFilter;
 
 use super::failure::{Context as _, Result};
-use super::{daemonise, paths, vars};
+use super::{daemonise, paths, stop, vars};
 
 /// Serve this host's containers. SIGTERM drains and cleans up.
 #[derive(Debug, Parser)]
@@ -18,7 +18,8 @@ use super::{daemonise, paths, vars};
 Examples:
   freeflow router
   freeflow router --socket /run/freeflow/router.sock --config /etc/freeflow.toml
-  freeflow router --detach      in the background; returns once it serves")]
+  freeflow router --detach      in the background; returns once it serves
+  freeflow router --stop && freeflow router --detach      restart; containers come back with their addresses")]
 pub struct Args {
     /// Configuration file, TOML (default: $FREEFLOW_CONFIG)
     #[arg(long, value_name = "FILE")]
@@ -29,6 +30,9 @@ pub struct Args {
     /// Run in the background, in a session of its own, logging to router.log beside the socket
     #[arg(long)]
     detach: bool,
+    /// Stop the router that answers there, and return once it has cleaned up
+    #[arg(long, conflicts_with_all = ["detach", "config"])]
+    stop: bool,
     /// Write one byte to standard output once all sockets listen
     #[arg(long, hide = true)]
     ready_on_stdout: bool,
@@ -36,6 +40,9 @@ pub struct Args {
 
 pub fn main(args: Args) -> Result<ExitCode> {
     let socket = paths::absolute(&paths::router_socket(args.socket.as_deref())?)?;
+    if args.stop {
+        return stop::stop(&socket);
+    }
     let file = args.config.or_else(|| std::env::var_os(vars::CONFIG).map(PathBuf::from));
     if args.detach {
         return daemonise::detach(&socket, file.as_deref());

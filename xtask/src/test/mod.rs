@@ -2,6 +2,7 @@
 
 mod cargo;
 mod clients;
+mod containers;
 mod examples;
 mod labs;
 
@@ -63,6 +64,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     }
     for client in clients::all().iter().filter(|client| chosen(&client.name())) {
         tally.check(&client.name(), || labs::run_client(client));
+    }
+    if chosen(containers::NAME) {
+        tally.check(containers::NAME, containers::run);
     }
     if chosen(examples::HELLO) {
         tally.check(examples::HELLO, examples::hello);
