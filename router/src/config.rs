@@ -113,7 +113,16 @@ pub enum ConfigError {
     Parse { path: PathBuf, source: toml::de::Error },
 }
 
+/// Descriptors in the router per connection: socket, event socket, pidfd, memory, MR table, and one in passing.
+const PER_CLIENT: u64 = 6;
+
 impl Settings {
+    /// Descriptors one container can make the router hold.
+    pub fn descriptors(&self) -> u64 {
+        let single = [self.max_channel, self.max_pd, self.max_slab].map(u64::from);
+        u64::from(self.max_clients) * PER_CLIENT + single.iter().sum::<u64>()
+    }
+
     /// Reads a TOML file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)

@@ -99,7 +99,7 @@ impl Daemon {
             .ok_or_else(|| Error::Container(format!("{} has no directory", socket.display())))?;
         make_dir(dir, 0o700).map_err(system(format!("cannot make {}", dir.display())))?;
         let lock = lock(dir, &socket)?;
-        host::raise_descriptor_limit();
+        check_descriptors(host::raise_descriptor_limit(), settings.descriptors());
         let shared = Arc::new(Shared::new(settings).map_err(system("/dev/urandom"))?);
         let cm = cm_hook::start(&shared).map_err(system("connection manager"))?;
         shared.cm.get_or_init(|| cm);
@@ -136,6 +136,16 @@ impl Drop for Daemon {
         if !self.shared.wait_until(DRAIN, |state| state.connections.is_empty()) {
             tracing::warn!("some sessions did not end within {DRAIN:?}");
         }
+    }
+}
+
+/// Warns when one container can use up what all containers share.
+fn check_descriptors(limit: u64, one: u64) {
+    if one > limit / 2 {
+        tracing::warn!(
+            "by its quotas one container may hold {one} of this router's {limit} descriptors: raise the limit of open \
+             files (LimitNOFILE=, ulimit -Hn), or lower max_clients, max_channel, max_slab and max_pd"
+        );
     }
 }
 

@@ -82,14 +82,15 @@ pub fn wait_for_signal(fd: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// Allows as many descriptors as the administrator does: each client costs about six.
-pub fn raise_descriptor_limit() {
+/// Allows as many descriptors as the administrator does, and gives how many that are.
+pub fn raise_descriptor_limit() -> u64 {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(errno) = setrlimit(Resource::Nofile, limit) {
         tracing::warn!("cannot raise the limit of open files: {errno}");
     }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
 /// Tells a service manager, if one asked by NOTIFY_SOCKET.
