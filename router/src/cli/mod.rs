@@ -3,6 +3,7 @@
 //! Owns argument parsing and the process's exit status. It must never know verbs or queues: subcommands talk to the
 //! router through `freeflow_router::admin` and to programs through their environment.
 
+mod cdi;
 mod container;
 mod daemonise;
 mod doctor;
@@ -36,6 +37,7 @@ enum Command {
     Run(run::Args),
     #[command(subcommand)]
     Container(container::Args),
+    Cdi(cdi::Args),
     Exec(exec::Args),
     Lab(lab::Args),
     #[command(name = lab::INNER_COMMAND, hide = true)]
@@ -51,6 +53,7 @@ pub fn main() -> ExitCode {
         Command::Router(args) => router::main(args),
         Command::Run(args) => run::main(args),
         Command::Container(args) => container::main(args),
+        Command::Cdi(args) => cdi::main(&args),
         Command::Exec(args) => exec::main(args),
         Command::Lab(args) => lab::main(args),
         Command::LabInner(args) => lab::inner_main(args),
