@@ -2,6 +2,7 @@
 //!
 //! Owns names, types, defaults and help. It must never know what a parameter is used for.
 
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
 /// One parameter, as the reference shows it.
@@ -66,6 +67,8 @@ parameters! {
     max_cqe: u32 = 1 << 20;
     /// Addresses for containers that name none: an IPv4 network in CIDR form.
     vip_pool: Network = Network::DEFAULT_POOL;
+    /// Address of the Prometheus endpoint, /metrics; with port 0 there is none.
+    metrics: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9464));
 }
 
 /// An IPv4 network.
@@ -144,8 +147,10 @@ pub fn reference() -> String {
          log.\n\n| key | type | default | meaning |\n|---|---|---|---|\n",
     );
     for p in parameters() {
-        let kind = if p.kind == "Network" { "string" } else { p.kind };
-        page += &format!("| `{}` | {kind} | `{}` | {} |\n", p.name, p.default, p.help.trim());
+        let kind = if matches!(p.kind, "Network" | "SocketAddr") { "string" } else { p.kind };
+        let default = p.default.trim_matches('"');
+        let default = if kind == "string" { format!("\"{default}\"") } else { default.to_owned() };
+        page += &format!("| `{}` | {kind} | `{default}` | {} |\n", p.name, p.help.trim());
     }
     page
 }

@@ -18,7 +18,7 @@ use crate::config::{ConfigError, Settings};
 use crate::listener::{ListenError, Listener, SocketFile, Stop, accept_loop, listen};
 use crate::shared::Shared;
 use crate::state::NewContainer;
-use crate::{cm_hook, host};
+use crate::{cm_hook, host, metrics};
 
 /// Name of the container of the user's own processes.
 pub const DEFAULT_CONTAINER: &str = "default";
@@ -85,6 +85,7 @@ pub struct Daemon {
     admin: Arc<Admin>,
     admin_stop: Arc<Stop>,
     admin_thread: Option<JoinHandle<()>>,
+    metrics: Option<JoinHandle<()>>,
     main: Option<Listener>,
     _admin_file: SocketFile,
     _dir: DirLock,
@@ -110,12 +111,14 @@ impl Daemon {
         let main = Listener::start(&shared, default, &socket, 0o600)?;
         let admin_stop = Arc::new(Stop::new().map_err(system("eventfd"))?);
         let admin_thread = start_admin(fd, admin.clone(), admin_stop.clone())?;
+        let metrics = start_metrics(&shared, &admin_stop);
         tracing::info!("router listens on {}", socket.display());
         Ok(Daemon {
             shared,
             admin,
             admin_stop,
             admin_thread: Some(admin_thread),
+            metrics,
             main: Some(main),
             _admin_file: admin_file,
             _dir: lock,
@@ -126,7 +129,7 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.admin_stop.set();
-        if let Some(thread) = self.admin_thread.take() {
+        for thread in [self.admin_thread.take(), self.metrics.take()].into_iter().flatten() {
             // A panic in it was printed where it happened.
             let _ = thread.join();
         }
@@ -183,6 +186,21 @@ fn add_default(shared: &Shared, socket: &Path) -> Result<u32, Error> {
         socket: socket.to_owned(),
     };
     shared.with(|state| state.add_container(new)).map_err(Error::Container)
+}
+
+/// A host may have several routers, and one address: those that come later do without.
+fn start_metrics(shared: &Arc<Shared>, stop: &Arc<Stop>) -> Option<JoinHandle<()>> {
+    let address = shared.settings.metrics;
+    if address.port() == 0 {
+        return None;
+    }
+    metrics::start(address, shared.clone(), stop.clone())
+        .inspect_err(|error| {
+            tracing::warn!(
+                "no metrics at {address}: {error}; `metrics` in the configuration names another address"
+            );
+        })
+        .ok()
 }
 
 fn start_admin(fd: OwnedFd, admin: Arc<Admin>, stop: Arc<Stop>) -> Result<JoinHandle<()>, Error> {

@@ -12,6 +12,7 @@ mod host;
 mod identity;
 mod limiter;
 mod listener;
+mod metrics;
 mod ps;
 mod quota;
 mod random;

@@ -36,7 +36,11 @@ impl Router {
     fn start() -> Self {
         let dir = std::env::temp_dir().join(format!("ff-router-{}-crowd", std::process::id()));
         std::fs::create_dir(&dir).expect("scratch directory");
-        std::fs::write(dir.join("config"), format!("max_clients = {MAX_CLIENTS}\n")).expect("configuration");
+        std::fs::write(
+            dir.join("config"),
+            format!("max_clients = {MAX_CLIENTS}\nmetrics = \"127.0.0.1:0\"\n"),
+        )
+        .expect("configuration");
         let mut child = Command::new(env!("CARGO_BIN_EXE_freeflow"))
             .args(["router", "--ready-on-stdout", "--socket"])
             .arg(dir.join("router.sock"))

@@ -33,6 +33,8 @@ impl Rig {
     }
 
     pub fn with(settings: Settings) -> Self {
+        // Tests of this machine run at the same time, and this address is one for all.
+        let settings = Settings { metrics: "127.0.0.1:0".parse().expect("address"), ..settings };
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("ff-router-{}-{number}", std::process::id()));
