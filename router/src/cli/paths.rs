@@ -121,6 +121,13 @@ impl Dist {
     }
 }
 
+/// Looks a program up in PATH and in the directories of system programs, which a user's PATH may lack.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(extra).map(|dir| dir.join(name)).find(|p| p.is_file())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::{Resource, getrlimit};
 
 use super::Finding;
-use crate::cli::lab::find_program;
+use crate::cli::paths::find_program;
 
 /// The kernel's default; a program with many memory regions needs it.
 const MAP_COUNT: u64 = 65_530;

@@ -14,8 +14,8 @@ use freeflow_router::admin;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::bundle::Bundle;
+use super::events::{Event, Watched, watch};
 use super::output::{Output, Stream};
-use super::sequence::{self, Event, Watched};
 use super::spec::{ContainerSpec, HostSpec, Spec};
 use super::userns::ContainerIds;
 use super::{network, runc, state};
@@ -54,7 +54,7 @@ impl Host {
             dir: spec.dir.clone(),
             router: Pid::from_child(&router),
         };
-        sequence::watch(router, Watched::Router, events.clone());
+        watch(router, Watched::Router, events.clone());
         let ids = ContainerIds::new(spec.rootless)?;
         for container in &host.containers {
             let container = started.start_container(spec, container, &bridge, &ids)?;
@@ -75,7 +75,7 @@ impl Host {
         let (reader, lifeline) = std::io::pipe().context("cannot make a pipe")?;
         let init = runc::start(&spec.dir, bundle.dir(), &container.name, reader.into())?;
         let started = Container { name: container.name.clone(), init, _lifeline: lifeline };
-        bridge.attach(&started, container.ip)?;
+        bridge.attach(&started.name, started.init, container.ip)?;
         Ok(started)
     }
 

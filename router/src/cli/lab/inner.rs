@@ -9,8 +9,9 @@ use std::sync::mpsc;
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
+use super::events::{Event, Watched, watch};
 use super::host::Host;
-use super::sequence::{self, Event, Watched};
+use super::sequence;
 use super::spec::Spec;
 use super::{network, output, runc};
 use crate::cli::container::place_tree;
@@ -84,6 +85,6 @@ fn shell(
     eprintln!("freeflow lab: from another terminal: freeflow exec NAME -- CMD, freeflow ps --lab");
     let script = "command -v bash >/dev/null && exec bash; exec sh";
     let child = runc::exec_in_terminal(&spec.dir, &first.name, &["sh", "-c", script])?;
-    sequence::watch(child, Watched::Run(0), events.clone());
+    watch(child, Watched::Run(0), events.clone());
     sequence::wait_for_shell(inbox)
 }

@@ -8,6 +8,7 @@
 
 mod bundle;
 mod cgroups;
+mod events;
 mod host;
 mod inner;
 mod network;
@@ -15,6 +16,7 @@ mod outer;
 mod output;
 mod ports;
 mod runc;
+mod running;
 mod sequence;
 mod spec;
 mod state;
@@ -27,8 +29,8 @@ use clap::Parser;
 
 use super::failure::{OWN_FAILURE, Result};
 
-pub use outer::{INNER_COMMAND, find_program};
-pub use state::{find as find_container, running_router};
+pub use outer::INNER_COMMAND;
+pub use running::{find as find_container, running_router};
 
 /// Start a throw-away cluster of unprivileged containers and run programs in it.
 #[derive(Debug, Parser)]

@@ -4,9 +4,10 @@ use std::io::Write as _;
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
-use super::host::Container;
-use super::outer::find_program;
+use rustix::process::Pid;
+
 use crate::cli::failure::{Context as _, Failure, Result};
+use crate::cli::paths::find_program;
 use crate::cli::sys::ChildSetup;
 
 /// A host's bridge. In a network namespace of the lab's own, so its name can be short and fixed.
@@ -32,10 +33,9 @@ impl Bridge {
         Ok(Self)
     }
 
-    /// Gives a container its interface eth0 with `address` on this bridge.
-    pub fn attach(&self, container: &Container, address: IpAddr) -> Result<()> {
-        let pid = container.init.as_raw_nonzero().get();
-        let name = &container.name;
+    /// Gives the container `name` its interface eth0 with `address` on this bridge.
+    pub fn attach(&self, name: &str, init: Pid, address: IpAddr) -> Result<()> {
+        let pid = init.as_raw_nonzero().get();
         ip(
             None,
             &format!(

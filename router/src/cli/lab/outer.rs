@@ -13,7 +13,7 @@ use rustix::thread::UnshareFlags;
 use super::spec::{self, Spec};
 use super::{Args, cgroups, state, userns};
 use crate::cli::failure::{Context as _, Failure, Result};
-use crate::cli::paths::{self, Dist};
+use crate::cli::paths::{self, Dist, find_program};
 use crate::cli::sys::{self, ChildSetup, ENDING, SignalSet};
 use crate::cli::vars;
 
@@ -65,13 +65,6 @@ fn need(program: &str, package: &str) -> Result<()> {
         return Ok(());
     }
     Err(Failure::new(format!("a lab needs {program}: install Debian's package {package}")))
-}
-
-/// Looks a program up in PATH and in the directories of system programs, which a user's PATH may lack.
-pub fn find_program(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
-    std::env::split_paths(&path).chain(extra).map(|dir| dir.join(name)).find(|p| p.is_file())
 }
 
 /// The lab's directory and cgroups, removed however this process unwinds; `state::sweep` does it after a SIGKILL.

@@ -7,9 +7,9 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::Pid;
 
-use super::outer::find_program;
 use super::state;
 use crate::cli::failure::{Context as _, Failure, Result};
+use crate::cli::paths::find_program;
 use crate::cli::sys::ChildSetup;
 
 /// Starts the container whose bundle is in `bundle`; `stdin` becomes its init's. Returns the init's pid.

@@ -1,12 +1,12 @@
 //! Running a lab's commands in order, and deciding when the lab ends and with which exit status.
 
 use std::collections::BTreeSet;
-use std::process::{Child, ExitStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
+use super::events::{Event, Watched, watch};
 use super::host::{Container, Host};
 use super::output::Output;
 use super::ports;
@@ -20,29 +20,6 @@ const TURN: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
 /// How long programs have to end after SIGTERM, before their container is killed.
 const GRACE: Duration = Duration::from_secs(2);
-
-#[derive(Debug)]
-pub enum Event {
-    Signal(Signal),
-    Ended(Watched, ExitStatus),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Watched {
-    Router,
-    /// A command, by its place in the list.
-    Run(usize),
-}
-
-/// Reports the end of `child`.
-pub fn watch(mut child: Child, what: Watched, events: Sender<Event>) {
-    std::thread::spawn(move || {
-        if let Ok(status) = child.wait() {
-            // Nobody listens any more when the lab is ending.
-            events.send(Event::Ended(what, status)).ok();
-        }
-    });
-}
 
 /// Runs the commands; returns the lab's exit status.
 pub fn run(

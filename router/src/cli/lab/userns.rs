@@ -8,8 +8,8 @@ use rustix::process::{getegid, geteuid};
 use rustix::thread::UnshareFlags;
 use serde_json::{Value, json};
 
-use super::outer::find_program;
 use crate::cli::failure::{Context as _, Failure, Result};
+use crate::cli::paths::find_program;
 use crate::cli::sys;
 
 /// First host id of containers when the lab runs as root, and how many they get.
