@@ -3,8 +3,9 @@
 
 mod mem_util;
 
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
+use freeflow_core::client::mem::freeze_stats;
 use mem_util::*;
 
 static FAULTS: AtomicUsize = AtomicUsize::new(0);
@@ -140,6 +141,60 @@ fn a_real_fault_still_kills() {
         unsafe { std::ptr::without_provenance_mut::<u8>(8).write_volatile(1) };
     });
     assert_eq!(ended, -libc::SIGSEGV);
+}
+
+static TARGET: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
+
+/// An asynchronous signal's handler that writes to memory which the mover may have frozen.
+extern "C" fn writes(_: i32) {
+    let at = TARGET.load(Ordering::Relaxed);
+    if !at.is_null() {
+        // SAFETY: memory of the test that set it.
+        unsafe { at.write_volatile(at.read_volatile().wrapping_add(1)) };
+    }
+}
+
+/// A thread that waits for a chunk gets a signal whose handler writes to the same chunk: a fault inside the fault's
+/// own handler would end the process.
+#[test]
+fn signals_wait_while_a_thread_waits() {
+    watchdog();
+    let ended = in_child(|| {
+        // SAFETY: zeroes are a valid value.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = writes as *const () as usize;
+        // SAFETY: a handler of the right type.
+        assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) }, 0);
+        let (pd, m) = (pd(), Map::anon(16 * PAGE));
+        let (quiet, stop, before) = (AtomicBool::new(false), AtomicBool::new(false), freeze_stats().waits);
+        TARGET.store(m.at.wrapping_add(PAGE), Ordering::Relaxed);
+        std::thread::scope(|s| {
+            let (tell, writer) = std::sync::mpsc::channel();
+            let (m, quiet, stop) = (&m, &quiet, &stop);
+            s.spawn(move || {
+                // SAFETY: always possible.
+                tell.send(unsafe { libc::pthread_self() }).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    // SAFETY: memory of this test.
+                    unsafe { m.at.write_volatile(1) };
+                }
+            });
+            let writer = writer.recv().unwrap();
+            let signals = s.spawn(move || {
+                while !quiet.load(Ordering::Relaxed) {
+                    // SAFETY: a thread that lives until `stop`.
+                    unsafe { libc::pthread_kill(writer, libc::SIGUSR1) };
+                }
+            });
+            while freeze_stats().waits < before + 200 {
+                drop(pd.register(m.addr(), m.len as u64, REMOTE).unwrap());
+            }
+            quiet.store(true, Ordering::Relaxed);
+            signals.join().unwrap();
+            stop.store(true, Ordering::Relaxed);
+        });
+    });
+    assert_eq!(ended, 0);
 }
 
 #[test]

@@ -36,6 +36,38 @@ fn bytes_survive_both_ways() {
     assert_eq!(m.bytes(), after, "a peer's late write lands nowhere");
 }
 
+/// Long runs move by huge pages where they can: whatever lies at their ends, and whatever was never written to.
+#[test]
+fn long_runs_keep_their_bytes() {
+    watchdog();
+    let (pd, mut rng) = (pd(), Rng::seeded());
+    const HUGE: usize = 2 << 20;
+    for (ends, step) in [(0, PAGE), (PAGE, 64 * PAGE), (300 * PAGE, 512 * PAGE), (HUGE - PAGE, 5 * HUGE)] {
+        let m = Map::anon(10 * HUGE + 2 * ends);
+        for at in (0..m.len).step_by(step) {
+            m.bytes()[at..at + PAGE].fill_with(|| rng.next() as u8);
+        }
+        let mut before = vec![0; m.len];
+        for at in (0..m.len).step_by(step) {
+            before[at..at + PAGE].copy_from_slice(&m.bytes()[at..at + PAGE]);
+        }
+        let r = pd.register(m.addr() + 5, m.len as u64 - 9, REMOTE).unwrap();
+        assert_eq!((r.extents().len(), covered(&r)), (1, m.len as u64 - 9));
+        assert_eq!(mapping(m.addr()), mapping(m.addr() + m.len as u64 - 1), "one mapping");
+        assert!(m.bytes() == before, "{ends} {step}: bytes were lost on the way in");
+        let peer = Map::file(&pd, r.extents()[0].offset - 5, m.len);
+        assert!(peer.bytes() == before, "{ends} {step}: the file has other bytes");
+        for at in (100..m.len).step_by(7 * PAGE + 8) {
+            (m.bytes()[at], peer.bytes()[at + 1]) = (7, 8);
+            (before[at], before[at + 1]) = (7, 8);
+        }
+        assert!(m.bytes() == before && peer.bytes() == before);
+        drop(r);
+        assert!(!is_moved(m.addr()) && m.bytes() == before, "{ends} {step}: bytes were lost on the way back");
+        assert!(peer.bytes().iter().all(|b| *b == 0));
+    }
+}
+
 #[test]
 fn every_alignment() {
     watchdog();

@@ -31,9 +31,19 @@ fn hammer(m: &Map, stop: &AtomicBool, start: usize, step: usize) -> Vec<u64> {
 
 #[test]
 fn racing_writers_lose_nothing() {
+    race(32, 500);
+}
+
+/// The same where huge pages are made ready beforehand.
+#[test]
+fn racing_writers_lose_nothing_of_long_runs() {
+    race(2000, 15);
+}
+
+fn race(pages: u64, rounds: usize) {
     watchdog();
     let (pd, mut rng) = (pd(), Rng::seeded());
-    let m = Map::anon(32 * PAGE);
+    let m = Map::anon(pages as usize * PAGE);
     let (stop, before) = (AtomicBool::new(false), freeze_stats());
     let barrier = Barrier::new(4);
     std::thread::scope(|s| {
@@ -50,13 +60,13 @@ fn racing_writers_lose_nothing() {
         barrier.wait();
         let mut waits = 0;
         for round in 0..100_000 {
-            let at = rng.below(31) * 4096;
+            let at = rng.below(pages - 1) / 2 * 4096;
             let len = 1 + rng.below(m.len as u64 - at);
             let r = pd.register(m.addr() + at, len, REMOTE).unwrap();
             assert_eq!(covered(&r), len);
             drop(r);
             waits = freeze_stats().waits - before.waits;
-            if round >= 500 && waits >= 50 {
+            if round >= rounds && waits >= 50 {
                 break;
             }
         }

@@ -23,9 +23,10 @@ use std::sync::{MutexGuard, Once};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 
-use super::freeze::{self, CHUNK, Sharing, SignalsWait};
+use super::freeze::{self, CHUNK, SignalsWait};
 use super::maps::Vma;
 use super::os::{self, Maps, Pagemap};
+use super::pages::{self, Sharing};
 use super::{MemError, RUNS, SCARS, mover, registry};
 
 /// One mapping and where its bytes are staged.
@@ -194,15 +195,16 @@ fn stage_one(maps: &Maps, s: &Staged) -> Result<(), Errno> {
     each_chunk(vma, |at, len| {
         let off = vma.offset + (at - vma.start);
         if os::next_data(fd, off, off + len).is_some() {
-            os::populate(s.at + (at - vma.start), len);
+            // Where the kernel cannot, it is only slower.
+            let _ = os::populate(s.at + (at - vma.start), len);
         }
         freeze::frozen(at, len, || {
-            freeze::map_file(at, len, vma, Sharing::PrivateFrozen, fd, off)?;
+            pages::map_file(at, len, vma, Sharing::PrivateFrozen, fd, off)?;
             let staged = match os::next_data(fd, off, off + len) {
-                Some(_) => freeze::read_in(s.at + (at - vma.start), len, fd, off),
+                Some(_) => pages::read_in(s.at + (at - vma.start), len, fd, off),
                 None => Ok(()),
             };
-            freeze::protect(at, len, vma, false).and(staged)
+            pages::protect(at, len, vma, false).and(staged)
         })
     })
 }
@@ -242,7 +244,7 @@ extern "C" fn parent() {
         }
     }
     if plan.staging != 0 {
-        freeze::unmap(plan.staging, plan.staging_len);
+        pages::unmap(plan.staging, plan.staging_len);
     }
 }
 
@@ -256,11 +258,11 @@ fn share_again(
 ) -> Result<(), Errno> {
     let off = vma.offset + (at - vma.start);
     freeze::frozen(at, len, || {
-        let r = freeze::protect(at, len, vma, true)
+        let r = pages::protect(at, len, vma, true)
             .and_then(|()| merge_chunk(plan, pagemap, vma, fd, at, len))
-            .and_then(|()| freeze::map_file(at, len, vma, Sharing::Shared, fd, off));
+            .and_then(|()| pages::map_file(at, len, vma, Sharing::Shared, fd, off));
         if r.is_err() {
-            let _ = freeze::protect(at, len, vma, false);
+            let _ = pages::protect(at, len, vma, false);
         }
         r
     })
@@ -307,7 +309,7 @@ impl Alias {
 
 impl Drop for Alias {
     fn drop(&mut self) {
-        freeze::unmap(self.at, self.len);
+        pages::unmap(self.at, self.len);
     }
 }
 
@@ -352,7 +354,7 @@ extern "C" fn child() {
             let _ = rustix::io::write(&word, &[1u8]);
         }
         if plan.staging != 0 {
-            freeze::unmap(plan.staging, plan.staging_len);
+            pages::unmap(plan.staging, plan.staging_len);
         }
     }
     freeze::reset_after_fork();
@@ -405,13 +407,13 @@ fn make_private(plan: &Plan) -> Result<(), Errno> {
 /// A mapping that was made while the fork was under way: only its later fate can be kept apart.
 fn own_from_now_on(vma: &Vma, fd: BorrowedFd<'_>) -> Result<(), Errno> {
     let len = vma.end - vma.start;
-    freeze::map_file(vma.start, len, vma, Sharing::PrivateFrozen, fd, vma.offset)?;
-    freeze::protect(vma.start, len, vma, false)
+    pages::map_file(vma.start, len, vma, Sharing::PrivateFrozen, fd, vma.offset)?;
+    pages::protect(vma.start, len, vma, false)
 }
 
 fn privatise(plan: &Plan, pagemap: &Pagemap, vma: &Vma) -> Result<(), Errno> {
     if !vma.read {
-        freeze::protect(vma.start, vma.end - vma.start, vma, true)?;
+        pages::protect(vma.start, vma.end - vma.start, vma, true)?;
     }
     let mut at = vma.start;
     while at < vma.end {
@@ -422,9 +424,9 @@ fn privatise(plan: &Plan, pagemap: &Pagemap, vma: &Vma) -> Result<(), Errno> {
         };
         copy_own(pagemap, at, len, scratch, staged.is_none())?;
         if !(vma.read && vma.write) {
-            freeze::protect(scratch, len, vma, false)?;
+            pages::protect(scratch, len, vma, false)?;
         }
-        freeze::move_over(scratch, at, len)?;
+        pages::move_over(scratch, at, len)?;
         at += len;
     }
     Ok(())

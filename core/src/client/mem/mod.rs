@@ -1,19 +1,23 @@
 //! The page mover: registered memory becomes reachable for peers at its own address, without the program's help.
 //!
 //! Owns, per PD, one sparse memfd and the knowledge of which of the program's pages are in it. Knows nothing of
-//! keys, peers or the router. `unsafe` is in `os` (looking), `freeze` (exchanging pages) and `fork`; what lies
-//! where is decided in `plan`, `table` and `windows`, which are pure.
+//! keys, peers or the router. `unsafe` is in `os` (looking), `freeze` and `handler` (making writers wait), `pages`
+//! (exchanging pages) and `fork`; what lies where is decided in `plan`, `table` and `windows`, which are pure.
 //!
 //! Limits a caller should know:
-//! * While a chunk (64 KiB at most) is being moved, a system call that writes into it fails with EFAULT, and a
-//!   thread that blocks SIGSEGV and writes to it dies. Threads of this library must leave SIGSEGV unblocked.
+//! * While a chunk is being moved (64 KiB, or 256 KiB where only the copy is left to do: some 50 us either way), a
+//!   system call that writes into it fails with EFAULT, and a thread that blocks SIGSEGV and writes to it dies.
+//!   Threads of this library must leave SIGSEGV unblocked.
 //! * `_Fork` and a bare clone run no fork handlers: such a child shares moved pages with its parent.
 //! * Advice given to memory before (MADV_DONTFORK, huge pages) is lost when it moves.
 
+mod exchange;
 mod fork;
 mod freeze;
+mod handler;
 mod maps;
 mod os;
+mod pages;
 mod plan;
 mod registry;
 mod table;
@@ -216,7 +220,7 @@ impl PdMemory {
                 *unmoved = Some(MemError::TooManyRuns(RUNS.load(Ordering::Relaxed)));
                 continue;
             };
-            let (end, result) = freeze::move_in(&piece.vma, self.fd(), off);
+            let (end, result) = exchange::move_in(&piece.vma, self.fd(), off);
             if let Err(errno) = result {
                 *unmoved = Some(MemError::System { what: "moving pages", errno });
                 book.windows.release(off + (end - piece.vma.start), piece.vma.end - end);
@@ -261,7 +265,7 @@ impl PdMemory {
             }
             // A mapping that grew (mremap) maps offsets that nobody handed out.
             book.windows.give_up(vma.offset, vma.end - vma.start);
-            let end = freeze::move_out(&cut, self.fd());
+            let end = exchange::move_out(&cut, self.fd());
             if end > cut.start {
                 done.push((cut.start, end));
                 SCARS.fetch_add(1, Ordering::Relaxed);
@@ -546,7 +550,7 @@ mod tests {
         assert!(a.still_mapped() && b.still_mapped());
         // SAFETY: memory of this test.
         assert!(unsafe { madvise_moved(at, 4096, libc::MADV_DONTNEED) }.unwrap().is_ok());
-        freeze::unmap(at + 4 * 4096, 4096);
+        pages::unmap(at + 4 * 4096, 4096);
         assert!(a.still_mapped() && !b.still_mapped());
         assert_eq!(pd.register(at, 8 * 4096, want).err().map(|e| e.errno()), Some(Errno::FAULT));
         drop((a, b));

@@ -182,10 +182,12 @@ impl Pagemap {
         const PRESENT: u64 = 1 << 63;
         const SWAPPED: u64 = 1 << 62;
         const FILE: u64 = 1 << 61;
-        let mut raw = [0u8; 8 * 16];
-        for (i, group) in own.chunks_mut(16).enumerate() {
+        const GROUP: usize = 256;
+        let mut raw = [0u8; 8 * GROUP];
+        for (i, group) in own.chunks_mut(GROUP).enumerate() {
             let want = &mut raw[..group.len() * 8];
-            let n = rustix::io::pread(&self.fd, &mut *want, (start / page_size() + i as u64 * 16) * 8)?;
+            let first = start / page_size() + (i * GROUP) as u64;
+            let n = rustix::io::pread(&self.fd, &mut *want, first * 8)?;
             if n != want.len() {
                 return Err(Errno::IO);
             }
@@ -225,6 +227,11 @@ pub(super) fn sparse_file() -> Result<(OwnedFd, (u32, u32), u64), MemError> {
 
 pub(super) fn punch(fd: BorrowedFd<'_>, off: u64, len: u64) -> Result<(), Errno> {
     rustix::fs::fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, off, len)
+}
+
+/// Whether the file has pages for all of `[off, end)`.
+pub(super) fn is_all_data(fd: BorrowedFd<'_>, off: u64, end: u64) -> bool {
+    rustix::fs::seek(fd, SeekFrom::Hole(off)).is_ok_and(|hole| hole >= end)
 }
 
 /// Where data begins at or after `off`, if before `end`.
@@ -275,15 +282,23 @@ pub(super) fn wipe_on_fork(page: u64) -> Result<(), Errno> {
     unsafe { rustix::mm::madvise(page as *mut _, page_size() as usize, Advice::LinuxWipeOnFork) }
 }
 
-/// Has the kernel supply pages now rather than fault by fault. Kernels before 5.14 do not: then it is only slower.
-pub(super) fn populate(start: u64, len: u64) {
+/// Has the kernel supply pages now rather than fault by fault. Kernels before 5.14 cannot.
+pub(super) fn populate(start: u64, len: u64) -> Result<(), Errno> {
     // SAFETY: changes no contents.
-    let _ = unsafe { rustix::mm::madvise(start as *mut _, len as usize, Advice::LinuxPopulateWrite) };
+    unsafe { rustix::mm::madvise(start as *mut _, len as usize, Advice::LinuxPopulateWrite) }
 }
 
-/// madvise as the program gave it, on memory that has not moved.
+/// Address space of ours without memory.
+pub(super) fn reserve(len: u64) -> Result<u64, Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping where the kernel likes; nothing existing is touched.
+    unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len as usize, ProtFlags::empty(), flags) }
+        .map(|p| p as u64)
+}
+
+/// madvise past all help: as the program gave it, on memory that has not moved, or on ours.
 pub(super) fn advise(start: u64, len: u64, advice: i32) -> Result<(), Errno> {
-    // SAFETY: the program asked for exactly this (the contract of `madvise_moved`).
+    // SAFETY: the program asked for exactly this (the contract of `madvise_moved`), or it changes no contents.
     let r = unsafe { libc::madvise(start as *mut libc::c_void, len as usize, advice) };
     if r == 0 { Ok(()) } else { Err(last_errno()) }
 }
