@@ -97,6 +97,10 @@ impl Quota {
         }
     }
 
+    pub fn left(&self, resource: Resource) -> u64 {
+        self.limit[resource as usize].saturating_sub(self.used[resource as usize])
+    }
+
     pub fn used(&self, resource: Resource) -> u64 {
         self.used[resource as usize]
     }

@@ -58,6 +58,7 @@ const TABLE: &[Entry] = &[
     entry::<Resolve>(),
     entry::<CopyMem>(),
     entry::<Ring>(),
+    entry::<LeaseMrs>(),
 ];
 
 /// The handler of a kind.
@@ -172,6 +173,15 @@ impl Handle for RegMr {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(MrReply, Fds)> {
         let key = session.shared.with(|state| state.reg_mr(session.owner, self.pd, self.addr, self.len))?;
         Ok((MrReply { key }, vec![]))
+    }
+}
+
+impl Handle for LeaseMrs {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(LeaseReply, Fds)> {
+        let leased = session.shared.with(|state| state.lease_mrs(session.owner, self.pd, self.len))?;
+        let mut keys = [0; LEASED_KEYS];
+        keys.iter_mut().zip(&leased).for_each(|(to, from)| *to = *from);
+        Ok((LeaseReply { count: leased.len() as u32, keys }, vec![]))
     }
 }
 

@@ -11,6 +11,7 @@ mod cq;
 mod events;
 mod fork;
 mod helper;
+mod keys;
 mod lanes;
 pub mod mem;
 mod path;

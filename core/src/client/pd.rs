@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::ctl::{AllocPd, DeallocPd, DeregMr, RegMr};
+use crate::ctl::{AllocPd, DeallocPd, DeregMr};
 use crate::error::{Error, Result};
 use crate::ring::mr::slot_of;
 use crate::ring::{Extent, MrView};
 use crate::verbs::Access;
 
 use super::context::Context;
+use super::keys::Keys;
 use super::mem::{MemError, PdMemory, Registration, Want};
 
 /// How long deregistration and ERR wait for copies of honest peers; a copy step is bounded, so this is generous.
@@ -20,6 +21,7 @@ pub struct Pd {
     pub(super) context: Arc<Context>,
     pub(super) id: u32,
     memory: Arc<PdMemory>,
+    keys: Keys,
 }
 
 /// A memory region.
@@ -35,7 +37,7 @@ impl Context {
     pub fn alloc_pd(self: &Arc<Self>) -> Result<Arc<Pd>> {
         let memory = PdMemory::new()?;
         let id = self.conn.call(&AllocPd {}, &[memory.fd()])?.0.id;
-        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory }))
+        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory, keys: Keys::new(id) }))
     }
 }
 
@@ -65,10 +67,14 @@ impl Pd {
         }
         let iova = if access.contains(Access::ZERO_BASED) { 0 } else { iova };
         let context = &self.context;
-        let key = context.conn.ask(&RegMr { pd: self.id, access: access.bits(), addr, len })?.key;
         let want = Want {
             remote: access.intersects(Access::REMOTE),
             local_write: access.contains(Access::LOCAL_WRITE),
+        };
+        let key = if self.memory.has_moved(addr, len, want) {
+            self.keys.for_known_memory(&context.conn, addr, len, access)?
+        } else {
+            self.keys.for_new_memory(&context.conn, addr, len, access)?
         };
         let registration = match self.memory.register(addr, len, want) {
             Ok(registration) => registration,
@@ -107,6 +113,7 @@ fn covers(extents: &[super::mem::Extent], addr: u64, len: u64) -> bool {
 
 impl Drop for Pd {
     fn drop(&mut self) {
+        self.keys.give_back(&self.context.conn);
         let _ = self.context.conn.ask(&DeallocPd { pd: self.id });
     }
 }

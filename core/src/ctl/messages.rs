@@ -117,6 +117,17 @@ body! {
     }
 }
 
+/// Most keys of one [`LeaseMrs`].
+pub const LEASED_KEYS: usize = 16;
+
+body! {
+    /// `count` keys, as [`MrReply::key`], each of a memory region that the client may publish when it likes.
+    LeaseReply {
+        count: u32,
+        keys: [u32; LEASED_KEYS],
+    }
+}
+
 /// [`PeerInfo::state`].
 pub mod peer_state {
     /// No such QP, or not connected to the asker: it looks like a dead port.
@@ -192,6 +203,9 @@ requests! {
     16 CopyMem [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, kind: u32, key: u32, local: u64, remote: u64, len: u64, } -> Done;
     /// Tells the peer's process something that is not worth a descriptor. See [`ring`].
     17 Ring [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, what: u32, } -> Done;
+    /// As many [`RegMr`]s as the quota has plenty for, at least one and at most [`LEASED_KEYS`], each accounted for `len`
+    /// bytes. Each ends with a [`DeregMr`].
+    18 LeaseMrs [0] { pd: u32, _pad: u32, len: u64, } -> LeaseReply;
 }
 
 /// [`CopyMem::kind`]: direction, and the right that `key` must grant there. Refusals: EACCES (key, right, PD or bounds; or

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use freeflow_core::ctl::LEASED_KEYS;
 use freeflow_core::ring::CqShared;
 use freeflow_core::shm::Mapping;
 
@@ -148,6 +149,26 @@ impl State {
         allocated
     }
 
+    /// Registers regions of `len` bytes that the client will fill in when it needs them: one, and more while the
+    /// container's quota has room for many times as much.
+    pub fn lease_mrs(&mut self, owner: Owner, pd: u32, len: u64) -> Result<Vec<u32>> {
+        let mut keys = vec![self.reg_mr(owner, pd, 0, len)?];
+        while keys.len() < LEASED_KEYS && self.has_plenty(owner.container, len) {
+            match self.reg_mr(owner, pd, 0, len) {
+                Ok(key) => keys.push(key),
+                Err(_) => break,
+            }
+        }
+        Ok(keys)
+    }
+
+    /// What one process sets aside must not be what another lacks.
+    fn has_plenty(&self, container: u32, len: u64) -> bool {
+        let many = 8 * LEASED_KEYS as u64;
+        let quota = self.containers.get(&container).map(|c| &c.quota);
+        quota.is_some_and(|q| q.left(Resource::Mrs) >= many && q.left(Resource::MrBytes) / many >= len)
+    }
+
     /// First half of deregistration: no copy starts any more. True when none is running either.
     pub fn revoke_mr(&mut self, owner: Owner, key: u32) -> Result<bool> {
         let mr = self.client_mut(owner.client)?.mrs.get_mut(key);
@@ -239,5 +260,25 @@ mod tests {
         assert!(matches!(w.state.reg_mr(b, pb, 0, 41), Err(Refusal::Quota(_))));
         w.state.forget_mr(a, key).expect("mr");
         w.state.reg_mr(b, pb, 0, 100).expect("fits again");
+    }
+
+    #[test]
+    fn leased_keys_are_regions_like_others() {
+        let mut w = World::with(Settings { max_mr: 1000, max_mr_bytes: 10_000, ..Settings::default() });
+        let c = w.container("c1", [10, 0, 0, 1], "red");
+        let me = w.owner_of_new_client(c);
+        let pd = w.pd(me);
+        let keys = w.state.lease_mrs(me, pd, 10).expect("room");
+        assert_eq!(keys.len(), LEASED_KEYS);
+        assert!(matches!(w.state.dealloc_pd(me, pd), Err(Refusal::Busy { .. })));
+        for key in keys {
+            w.state.forget_mr(me, key).expect("each is registered");
+        }
+        let few = w.state.lease_mrs(me, pd, 76).expect("room");
+        assert!(few.len() > 1 && few.len() < LEASED_KEYS, "less than plenty is left after {}", few.len());
+        let left = w.state.containers[&c].quota.left(Resource::MrBytes);
+        assert_eq!(left, 10_000 - 76 * few.len() as u64);
+        assert_eq!(w.state.lease_mrs(me, pd, left).expect("all that is left").len(), 1);
+        assert!(matches!(w.state.lease_mrs(me, pd, 1), Err(Refusal::Quota(_))));
     }
 }

@@ -27,7 +27,7 @@ use super::freeze::{self, CHUNK, SignalsWait};
 use super::maps::Vma;
 use super::os::{self, Maps, Pagemap};
 use super::pages::{self, Sharing};
-use super::{MemError, RUNS, SCARS, mover, registry};
+use super::{MemError, Mover, RUNS, SCARS, mover, registry};
 
 /// One mapping and where its bytes are staged.
 #[derive(Clone, Copy)]
@@ -38,7 +38,7 @@ struct Staged {
 
 /// What lasts from before a fork to after it.
 struct Plan {
-    _mover: MutexGuard<'static, ()>,
+    _mover: MutexGuard<'static, Mover>,
     staging: u64,
     staging_len: u64,
     list: Vec<Staged>,

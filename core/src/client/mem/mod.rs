@@ -19,6 +19,7 @@ mod maps;
 mod os;
 mod pages;
 mod plan;
+mod recall;
 mod registry;
 mod table;
 mod threads;
@@ -36,6 +37,7 @@ pub use freeze::FreezeStats;
 use maps::{Name, Vma};
 use os::Maps;
 use plan::{FileId, Piece, Span};
+use recall::Recall;
 use table::{Part, Table};
 use windows::Windows;
 
@@ -99,14 +101,20 @@ pub struct Extent {
 const MAX_EXTENTS: usize = 3;
 
 /// One mover at a time in the whole process: there is one handler, and fork must find everything at rest.
-static MOVER: Mutex<()> = Mutex::new(());
+static MOVER: Mutex<Mover> = Mutex::new(Mover { recall: Recall::new() });
+
+/// What whoever holds the lock may use.
+struct Mover {
+    recall: Recall,
+}
+
 /// Stretches of moved memory, of all PDs.
 static RUNS: AtomicUsize = AtomicUsize::new(0);
 /// Stretches given back: their pages remember another place, so the kernel keeps them as mappings of their own.
 static SCARS: AtomicUsize = AtomicUsize::new(0);
 static RUN_LIMIT: LazyLock<usize> = LazyLock::new(os::run_limit);
 
-fn mover() -> MutexGuard<'static, ()> {
+fn mover() -> MutexGuard<'static, Mover> {
     MOVER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -161,7 +169,10 @@ impl PdMemory {
             return Err(MemError::Forked);
         }
         let span = Span::new(addr, len, os::page_size())?;
-        let _mover = mover();
+        let mut mover = mover();
+        if let Some(known) = self.register_known(&mut mover, &span, want)? {
+            return Ok(known);
+        }
         let maps = Maps::open().map_err(MemError::NoProc)?;
         let vmas = mappings(&maps, span.outer())?;
         span.check(&vmas, want)?;
@@ -172,6 +183,35 @@ impl PdMemory {
             split_off(&mut parts, |p| extents.iter().any(|e| p.start < e.va + e.len && e.va < p.end));
         self.release(&maps, &beyond, false);
         Ok(Registration { pd: self.clone(), parts, extents, unmoved, retire: false })
+    }
+
+    /// Whether all that would move of the range for `want` has moved already, as far as we know: the program may
+    /// have mapped something else there meanwhile.
+    pub fn has_moved(&self, addr: u64, len: u64, want: Want) -> bool {
+        let Ok(span) = Span::new(addr, len, os::page_size()) else { return false };
+        let (start, end) = span.movable(want);
+        let _mover = mover();
+        start < end && self.with_book(|book| book.table.covers(start, end))
+    }
+
+    /// A range that lies in our file already, in one mapping: looked at without opening anything.
+    fn register_known(
+        self: &Arc<Self>,
+        mover: &mut Mover,
+        span: &Span,
+        want: Want,
+    ) -> Result<Option<Registration>, MemError> {
+        let ((start, end), outer) = (span.movable(want), span.outer());
+        if (start, end) != outer || !self.with_book(|book| book.table.covers(start, end)) {
+            return Ok(None);
+        }
+        let vma = mover.recall.at(fork::generation(), start);
+        let Some(vma) = vma.filter(|v| v.end >= end && self.file.is_mapped_by(v)) else { return Ok(None) };
+        span.check(&[vma], want)?;
+        let vma = vma.clip(start, end);
+        let parts = self.with_book(|book| book.hold(&vma));
+        let extents = plan::extents(span, &parts, MAX_EXTENTS);
+        Ok(Some(Registration { pd: self.clone(), parts, extents, unmoved: None, retire: false }))
     }
 
     /// The PD was made before a fork, by the parent.

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 
 use super::MemError;
-use super::maps::{LineParser, Vma, name_of};
+use super::maps::{LineParser, Name, Vma, name_of};
 use super::windows::FILE_SIZE;
 
 /// `/proc/self` is the main thread's, which may have ended; this one is the caller's.
@@ -43,6 +43,24 @@ struct ProcmapQuery {
 
 const QUERY_NEXT: u64 = 0x10;
 const PROCMAP_QUERY: rustix::ioctl::Opcode = rustix::ioctl::opcode::read_write::<ProcmapQuery>(b'f', 17);
+
+impl ProcmapQuery {
+    fn vma(&self, name: Name) -> Vma {
+        Vma {
+            start: self.vma_start,
+            end: self.vma_end,
+            offset: self.vma_offset,
+            read: self.vma_flags & 1 != 0,
+            write: self.vma_flags & 2 != 0,
+            exec: self.vma_flags & 4 != 0,
+            shared: self.vma_flags & 8 != 0,
+            dev: (self.dev_major, self.dev_minor),
+            ino: self.inode,
+            name,
+            huge: self.vma_page_size != page_size(),
+        }
+    }
+}
 
 /// Cleared once the kernel turns out not to know the query.
 static HAS_QUERY: AtomicBool = AtomicBool::new(true);
@@ -122,6 +140,19 @@ impl Maps {
         self.over_text(0, u64::MAX, &mut each)
     }
 
+    /// The mapping at `addr`, or the next above it, without its name: half the price. Fails where the kernel has no
+    /// such query.
+    pub fn nameless(&self, addr: u64) -> Result<Vma, Errno> {
+        let mut q = ProcmapQuery {
+            size: size_of::<ProcmapQuery>() as u64,
+            query_flags: QUERY_NEXT,
+            query_addr: addr,
+            ..Default::default()
+        };
+        self.ask(&mut q)?;
+        Ok(q.vma(Name::Other))
+    }
+
     /// The mapping at `addr`, or the next above it.
     fn query(&self, addr: u64) -> Result<Vma, Errno> {
         let mut name = [0u8; 32];
@@ -144,19 +175,7 @@ impl Maps {
             other => other?,
         }
         let name = &name[..(q.vma_name_size as usize).saturating_sub(1).min(name.len())];
-        Ok(Vma {
-            start: q.vma_start,
-            end: q.vma_end,
-            offset: q.vma_offset,
-            read: q.vma_flags & 1 != 0,
-            write: q.vma_flags & 2 != 0,
-            exec: q.vma_flags & 4 != 0,
-            shared: q.vma_flags & 8 != 0,
-            dev: (q.dev_major, q.dev_minor),
-            ino: q.inode,
-            name: name_of(name),
-            huge: q.vma_page_size != page_size(),
-        })
+        Ok(q.vma(name_of(name)))
     }
 
     fn ask(&self, q: &mut ProcmapQuery) -> Result<(), Errno> {
@@ -165,6 +184,17 @@ impl Maps {
         // SAFETY: PROCMAP_QUERY writes only into the structure and the buffer it names.
         unsafe { rustix::ioctl::ioctl(&self.fd, ask) }
     }
+}
+
+impl From<Maps> for OwnedFd {
+    fn from(maps: Maps) -> OwnedFd {
+        maps.fd
+    }
+}
+
+/// Whether the kernel answers [`Maps::nameless`].
+pub(super) fn has_query() -> bool {
+    HAS_QUERY.load(Ordering::Relaxed)
 }
 
 /// Which pages of a private mapping are the process's own copies.

@@ -60,6 +60,19 @@ impl Table {
         first.into_iter().chain(rest).map(|(_, s)| s.part.clip(start, end)).collect()
     }
 
+    /// Whether the table knows all of `[start, end)`.
+    pub fn covers(&self, start: u64, end: u64) -> bool {
+        let mut at = start;
+        let from = self.segs.range(..=start).next_back().map_or(start, |(first, _)| *first);
+        for seg in self.segs.range(from..end).map(|(_, s)| s.part).skip_while(|p| p.end <= start) {
+            if seg.start > at {
+                return false;
+            }
+            at = seg.end;
+        }
+        at >= end
+    }
+
     /// Enters a piece held once. Nothing may be known of its addresses.
     pub fn insert(&mut self, start: u64, end: u64, off: u64) -> Part {
         debug_assert!(self.over(start, end).is_empty());
@@ -265,6 +278,9 @@ mod tests {
                 }
                 let pages: Vec<(u64, u64, u64)> = t.over(0, 100).iter()
                     .flat_map(|p| (p.start..p.end).map(move |v| (v, p.off + (v - p.start), p.id))).collect();
+                for (s, e) in [(page, page + n), (0, page + 1), (page, 100)] {
+                    prop_assert_eq!(t.covers(s, e), (s..e).all(|p| model.contains_key(&p)));
+                }
                 let want: Vec<(u64, u64, u64)> = model.iter().map(|(v, m)| (*v, m.0, m.1)).collect();
                 prop_assert_eq!(pages, want);
                 let runs = model.iter().filter(|(v, m)| {
