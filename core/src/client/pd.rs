@@ -7,6 +7,7 @@ use crate::ctl::{AllocPd, DeallocPd, DeregMr, RegMr};
 use crate::error::{Error, Result};
 use crate::ring::mr::slot_of;
 use crate::ring::{Extent, MrView};
+use crate::sync::{AtomicBool, Ordering};
 use crate::verbs::Access;
 
 use super::context::Context;
@@ -20,14 +21,16 @@ pub struct Pd {
     pub(super) context: Arc<Context>,
     pub(super) id: u32,
     memory: Arc<PdMemory>,
+    /// A copy was given up on: its bytes may still come, so no place in the file is used twice from then on.
+    late_copies: AtomicBool,
 }
 
 /// A memory region.
 pub struct Mr {
     pd: Arc<Pd>,
     key: u32,
-    /// Gives the pages back when dropped, after the key is dead.
-    _registration: Registration,
+    /// Gives the pages back when dropped, after the key is dead. None only then.
+    registration: Option<Registration>,
 }
 
 impl Context {
@@ -35,7 +38,7 @@ impl Context {
     pub fn alloc_pd(self: &Arc<Self>) -> Result<Arc<Pd>> {
         let memory = PdMemory::new()?;
         let id = self.conn.call(&AllocPd {}, &[memory.fd()])?.0.id;
-        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory }))
+        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory, late_copies: AtomicBool::new(false) }))
     }
 }
 
@@ -43,6 +46,12 @@ impl Pd {
     /// The context it belongs to.
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// A peer of one of its QPs did not end its copy in time (it is stopped): what it writes when it goes on must not
+    /// land in memory that is registered by then.
+    pub(super) fn expect_late_copies(&self) {
+        self.late_copies.store(true, Ordering::Release);
     }
 
     /// ibv_reg_mr(3), ibv_reg_mr_iova(3): registers `[addr, addr+len)`; requests name it by addresses from `iova` on.
@@ -89,7 +98,7 @@ impl Pd {
             view.extent_count += 1;
         }
         context.mrs[slot_of(key)].publish(&view);
-        Ok(Arc::new(Mr { pd: Arc::clone(self), key, _registration: registration }))
+        Ok(Arc::new(Mr { pd: Arc::clone(self), key, registration: Some(registration) }))
     }
 }
 
@@ -129,10 +138,14 @@ impl Drop for Mr {
         let deadline = Instant::now() + QUIESCE;
         for qp in context.all_qps() {
             if qp.pd_id() == self.pd.id && !qp.quiesce(deadline) {
+                self.pd.expect_late_copies();
                 qp.enter_error();
             }
         }
         let _ = context.conn.ask(&DeregMr { key: self.key, _pad: 0 });
+        if self.pd.late_copies.load(Ordering::Acquire) {
+            self.registration.take().map(Registration::retire);
+        }
     }
 }
 

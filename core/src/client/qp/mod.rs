@@ -9,7 +9,7 @@ mod route;
 mod send;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use send::SendWr;
 
@@ -281,6 +281,13 @@ impl Qp {
 }
 
 impl Qp {
+    /// Before the queues' memory is used anew: waits a moment for copies that began before.
+    fn quiesce_for_reuse(&self) {
+        if !self.quiesce(Instant::now() + Duration::from_millis(100)) {
+            self.pd.expect_late_copies();
+        }
+    }
+
     /// ibv_destroy_qp(3): when it returns, nothing of the QP's is used any more, whoever else still holds it (the
     /// helper thread does for moments).
     pub fn close(&self) {
@@ -298,7 +305,7 @@ impl Qp {
         context.qps.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.qpn());
         let _ = context.conn.ask(&DestroyQp { qpn: self.qpn() });
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
-        self.quiesce(Instant::now() + std::time::Duration::from_millis(100));
+        self.quiesce_for_reuse();
         // Whoever runs a request holds the lock; with it in hand none runs, and none will.
         let mut side = self.lock_send();
         self.give_up(&mut side);
