@@ -56,6 +56,8 @@ pub struct Qp {
     attr: Mutex<QpAttr>,
     send: Mutex<SendSide>,
     recv: Mutex<()>,
+    /// A send failed and took the QP to ERR: the program has a completion, but no event.
+    send_failed: AtomicBool,
     /// The router may know more about the peer than it did.
     ask_again: AtomicBool,
     closed: AtomicBool,
@@ -140,6 +142,7 @@ impl Pd {
                 block: block.clone(),
                 attr: Mutex::default(),
                 recv: Mutex::default(),
+                send_failed: AtomicBool::new(false),
                 ask_again: AtomicBool::new(true),
                 closed: AtomicBool::new(false),
             }
@@ -207,7 +210,9 @@ impl Qp {
     fn stop_receiving(&self, dest: Option<(Gid, u32)>) {
         if self.kind() != QpType::Ud {
             // A peer that does not end its copy in time gets no more of it than at deregistration.
-            self.quiesce(Instant::now() + QUIESCE);
+            if !self.quiesce(Instant::now() + QUIESCE) {
+                self.pd.expect_late_copies();
+            }
             self.lanes.deserted.store(true, Ordering::Release);
         }
         self.recv_cq.completed(self.recv_bit, true);
@@ -232,13 +237,17 @@ impl Qp {
         self.context().events.push(AsyncEvent { kind: AsyncKind::CommEst, cookie: self.cookie });
     }
 
-    /// The peer's process died.
+    /// The peer's process died. A request that failed of it (the router found no memory to copy to) may have been faster
+    /// than the news.
     pub(super) fn orphan(self: &Arc<Self>) {
         self.lanes.shared[0].end_copy();
         self.lanes.deserted.store(true, Ordering::Release);
         self.forget_peer();
         self.fail(AsyncKind::QpFatal);
         self.recv_cq.ring_again();
+        if self.send_failed.swap(false, Ordering::AcqRel) && !self.closed.load(Ordering::Acquire) {
+            self.context().events.push(AsyncEvent { kind: AsyncKind::QpFatal, cookie: self.cookie });
+        }
     }
 
     /// The router says the peer can be found now.

@@ -130,6 +130,7 @@ impl Qp {
             self.lanes.recv.reset(shared);
             shared.peer_qpn.store(0, Ordering::Relaxed);
             self.lanes.deserted.store(false, Ordering::Relaxed);
+            self.send_failed.store(false, Ordering::Relaxed);
         };
         // Both CQs held still, in one order for everybody.
         let (a, b) = (&self.send_cq, &self.recv_cq);
