@@ -1,0 +1,45 @@
+//! What a process holds, as /proc shows it.
+
+use std::fs;
+
+use super::Result;
+
+/// Things that must not become more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Held {
+    pub fds: usize,
+    pub maps: usize,
+    pub threads: usize,
+    /// Resident memory.
+    pub kib: usize,
+}
+
+impl Held {
+    pub fn of(pid: u32) -> Result<Self> {
+        let proc = format!("/proc/{pid}");
+        let read = |name: &str| {
+            fs::read_to_string(format!("{proc}/{name}")).map_err(|e| format!("{proc}/{name}: {e}"))
+        };
+        let fds = fs::read_dir(format!("{proc}/fd")).map_err(|e| format!("{proc}/fd: {e}"))?.count();
+        let status = read("status")?;
+        let number = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        let missing = |key: &str| format!("no {key} in {proc}/status");
+        Ok(Held {
+            fds,
+            maps: read("maps")?.lines().count(),
+            threads: number("Threads:").ok_or_else(|| missing("Threads"))?,
+            kib: number("VmRSS:").ok_or_else(|| missing("VmRSS"))?,
+        })
+    }
+
+    /// Holds no more than `before`, but for a few mappings and some memory that allocators keep.
+    pub fn is_within(&self, before: &Held) -> bool {
+        self.fds <= before.fds
+            && self.threads <= before.threads
+            && self.maps <= before.maps + 8
+            && self.kib <= before.kib + 4096
+    }
+}
