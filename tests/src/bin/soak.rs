@@ -2,10 +2,11 @@
 
 use std::env;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use freeflow_tests::path::Tree;
-use freeflow_tests::soak::kill;
+use freeflow_tests::soak::{hostile, kill};
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -25,6 +26,11 @@ enum What {
     Kill {
         #[arg(long, default_value_t = 1000)]
         rounds: u32,
+    },
+    /// A neighbour that scribbles over everything it was given
+    Hostile {
+        #[arg(long, default_value_t = 600)]
+        seconds: u64,
     },
 }
 
@@ -47,5 +53,8 @@ fn run(args: &Args, seed: u64) -> Result<(), String> {
     let lenient = args.lenient;
     match args.what {
         What::Kill { rounds } => kill::run(&tree, target, &kill::Options { rounds, seed, lenient }),
+        What::Hostile { seconds } => {
+            hostile::run(&tree, target, &hostile::Options { time: Duration::from_secs(seconds), seed })
+        }
     }
 }

@@ -36,6 +36,8 @@ const QUOTAS: &str =
 const BLOCK: u32 = 25;
 /// Rounds after which a worker's and the router's holdings are what they will stay.
 const WARM: u32 = 5;
+/// Rounds between two looks at what everybody holds.
+const LOOK: u32 = 8;
 /// Slot whose memory cannot move.
 const FAR: usize = 7;
 /// IBV_EVENT_QP_FATAL, IBV_EVENT_COMM_EST.
@@ -103,6 +105,8 @@ struct Stage {
     /// What each of the trio held when it was warm, and in which round it was started.
     warm: [Option<Held>; 3],
     since: [u32; 3],
+    /// Round from which on the holdings are compared again.
+    next_look: u32,
     router: Option<Held>,
     figures: Figures,
 }
@@ -137,8 +141,8 @@ impl Stage {
         let mut pair = [bystander("d")?, bystander("e")?];
         let [d, e] = &mut pair;
         link((d, 0, "ping"), (e, 0, "echo")).map_err(io::Error::other)?;
-        let (warm, since, router, figures) = ([None; 3], [0; 3], None, Figures::default());
-        Ok(Stage { host, worker, dice, trio, pair, warm, since, router, figures })
+        let (warm, since, next_look, router, figures) = ([None; 3], [0; 3], WARM, None, Figures::default());
+        Ok(Stage { host, worker, dice, trio, pair, warm, since, next_look, router, figures })
     }
 
     fn round(&mut self, round: u32) -> Result<()> {
@@ -165,7 +169,9 @@ impl Stage {
         pings.count += self.pair[0].counts()?[0] - before;
         pings.seconds += start.elapsed().as_secs_f64();
         self.unlink(victim, deed, round)?;
-        if round % BLOCK == WARM || (round + 1) % BLOCK == 0 {
+        // Only after a death: who lives is remembered, with its descriptors and mappings.
+        if deed == Deed::Kill && round >= self.next_look {
+            self.next_look = round + LOOK;
             self.compare(round)?;
         }
         Ok(())
@@ -256,22 +262,17 @@ impl Stage {
     fn compare(&mut self, round: u32) -> Result<()> {
         self.router_forgets()?;
         for w in 0..3 {
-            let held = Held::of(self.trio[w].pid())?;
+            let (pid, name) = (self.trio[w].pid(), &self.trio[w].name);
             match &self.warm[w] {
-                Some(warm) if !held.is_within(warm) => {
-                    return Err(format!("{} leaks: {warm:?} became {held:?}", self.trio[w].name));
-                }
-                Some(_) => {}
-                None if round + 1 - self.since[w] >= WARM => self.warm[w] = Some(held),
+                Some(warm) => warm.again(name, pid)?,
+                None if round + 1 - self.since[w] >= WARM => self.warm[w] = Some(Held::of(pid)?),
                 None => {}
             }
         }
-        let held = Held::of(self.host.pid())?;
         match &self.router {
-            Some(warm) if !held.is_within(warm) => Err(format!("the router leaks: {warm:?} became {held:?}")),
-            Some(_) => Ok(()),
+            Some(warm) => warm.again("the router", self.host.pid()),
             None => {
-                self.router = (round >= WARM).then_some(held);
+                self.router = (round >= WARM).then_some(Held::of(self.host.pid())?);
                 Ok(())
             }
         }

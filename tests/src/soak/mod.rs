@@ -3,6 +3,7 @@
 pub mod dice;
 pub mod hostile;
 pub mod kill;
+pub mod neighbour;
 pub mod process;
 pub mod revoke;
 pub mod worker;

@@ -1,6 +1,7 @@
 //! What a process holds, as /proc shows it.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use super::Result;
 
@@ -33,6 +34,21 @@ impl Held {
             threads: number("Threads:").ok_or_else(|| missing("Threads"))?,
             kib: number("VmRSS:").ok_or_else(|| missing("VmRSS"))?,
         })
+    }
+
+    /// Waits until `pid`, called `name`, holds no more than this; it may still hear of its peers' deaths.
+    pub fn again(&self, name: &str, pid: u32) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let now = Held::of(pid)?;
+            if now.is_within(self) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("{name} leaks: {self:?} became {now:?}"));
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// Holds no more than `before`, but for a few mappings and some memory that allocators keep.

@@ -96,8 +96,7 @@ impl Worker {
                 }
                 Ok(said) => self.heard.push_back(said),
                 Err(RecvTimeoutError::Timeout) => {
-                    let heard: Vec<&str> = self.heard.iter().map(|said| said.text.as_str()).collect();
-                    return Err(format!("{}: no {start:?} in {WATCHDOG:?}, but {heard:?}", self.name));
+                    return Err(format!("{}: no {start:?} in {WATCHDOG:?}, but {}", self.name, self.last_words()));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     let end = self.end();
@@ -105,6 +104,17 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// What it said that nobody asked for, and whether it still answers.
+    fn last_words(&mut self) -> String {
+        let asked = self.order("show");
+        let answer = self.lines.recv_timeout(Duration::from_secs(5));
+        let heard: Vec<&str> = self.heard.iter().map(|said| said.text.as_str()).collect();
+        let waits = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        let waits = waits.filter_map(|task| std::fs::read_to_string(task.path().join("wchan")).ok());
+        let answer = answer.map_or_else(|e| format!("no answer ({e})"), |said| said.text);
+        format!("{heard:?}, {answer}; its threads wait in {:?}{:?}", waits.collect::<Vec<_>>(), asked.err())
     }
 
     /// How it ended, in words, after its pipes closed.
