@@ -443,12 +443,13 @@ int main(int argc, char **argv)
 		struct pollfd fds[] = { { 0, POLLIN, 0 }, { ctx->async_fd, POLLIN, 0 }, { channel->fd, POLLIN, 0 } };
 		struct ibv_cq *rung;
 		void *cookie;
-		bool busy = false;
+		bool busy;
 
 		if (!spin)
 			OK(ibv_req_notify_cq(cq, 0));
-		while (drain() && ++turn % 64)
-			busy = true;
+		do {
+			busy = drain();
+		} while (busy && ++turn % 64);
 		for (int i = 0; i < SLOTS; i++)
 			if (slots[i].used)
 				next_ping(&slots[i], now());

@@ -96,7 +96,8 @@ impl Worker {
                 }
                 Ok(said) => self.heard.push_back(said),
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(format!("{}: no {start:?} in {WATCHDOG:?}, but {}", self.name, self.last_words()));
+                    let words = self.last_words();
+                    return Err(format!("{}: no {start:?} in {WATCHDOG:?}, but {words}", self.name));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     let end = self.end();
