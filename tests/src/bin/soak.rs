@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use freeflow_tests::path::Tree;
-use freeflow_tests::soak::{hostile, kill};
+use freeflow_tests::soak::{hostile, kill, revoke};
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -32,6 +32,12 @@ enum What {
         #[arg(long, default_value_t = 600)]
         seconds: u64,
     },
+    /// Deregistration while a copier is stopped at each of its steps
+    Revoke {
+        /// Steps to stop at; 0 is every one
+        #[arg(long, default_value_t = 0)]
+        samples: u32,
+    },
 }
 
 fn main() -> ExitCode {
@@ -56,5 +62,6 @@ fn run(args: &Args, seed: u64) -> Result<(), String> {
         What::Hostile { seconds } => {
             hostile::run(&tree, target, &hostile::Options { time: Duration::from_secs(seconds), seed })
         }
+        What::Revoke { samples } => revoke::run(&tree, target, &revoke::Options { samples, seed }),
     }
 }

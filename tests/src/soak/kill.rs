@@ -116,7 +116,10 @@ pub fn run(tree: &Tree, target: &Path, options: &Options) -> Result<()> {
     let mut stage = Stage::set(tree, target, options.seed).map_err(|e| e.to_string())?;
     for round in 0..options.rounds {
         let done = stage.round(round);
-        done.map_err(|why| format!("round {round}: {why}\nrouter's log:\n{}", stage.host.log()))?;
+        done.map_err(|why| {
+            let waits = super::process::waits(stage.host.pid());
+            format!("round {round}: {why}\nrouter's threads:\n{waits}router's log:\n{}", stage.host.log())
+        })?;
         if (round + 1) % 50 == 0 {
             println!("  {} of {} rounds; {}", round + 1, options.rounds, stage.figures.text());
         }

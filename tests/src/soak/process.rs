@@ -5,6 +5,19 @@ use std::time::{Duration, Instant};
 
 use super::Result;
 
+/// Where each thread of a process waits: its name, and the kernel's functions if we may see them.
+pub fn waits(pid: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lines = tasks.map(|task| {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stack = read("stack");
+        let frames: Vec<&str> =
+            stack.lines().filter_map(|line| line.split_whitespace().nth(1)).take(6).collect();
+        format!("  {} {}: {}\n", read("comm").trim(), read("wchan"), frames.join(" "))
+    });
+    lines.collect()
+}
+
 /// Things that must not become more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Held {

@@ -112,10 +112,9 @@ impl Worker {
         let asked = self.order("show");
         let answer = self.lines.recv_timeout(Duration::from_secs(5));
         let heard: Vec<&str> = self.heard.iter().map(|said| said.text.as_str()).collect();
-        let waits = std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
-        let waits = waits.filter_map(|task| std::fs::read_to_string(task.path().join("wchan")).ok());
         let answer = answer.map_or_else(|e| format!("no answer ({e})"), |said| said.text);
-        format!("{heard:?}, {answer}; its threads wait in {:?}{:?}", waits.collect::<Vec<_>>(), asked.err())
+        let waits = super::process::waits(self.pid());
+        format!("{heard:?}, {answer} {}; its threads:\n{waits}", asked.err().unwrap_or_default())
     }
 
     /// How it ended, in words, after its pipes closed.
