@@ -433,7 +433,7 @@ static bool pinging(void)
 int main(int argc, char **argv)
 {
 	bool spin = argc > 2 && !strcmp(argv[2], "spin");
-	unsigned turn = 0;
+	unsigned drained = 0, looked = 0;
 
 	wary = argc > 3 && !strcmp(argv[3], "wary");
 	dice = argc > 1 ? strtoull(argv[1], NULL, 0) : 1;
@@ -449,11 +449,11 @@ int main(int argc, char **argv)
 			OK(ibv_req_notify_cq(cq, 0));
 		do {
 			busy = drain();
-		} while (busy && ++turn % 64);
+		} while (busy && ++drained % 64);
 		for (int i = 0; i < SLOTS; i++)
 			if (slots[i].used)
 				next_ping(&slots[i], now());
-		if (spin && ++turn % 64)
+		if (spin && ++looked % 64)
 			continue;
 		if (poll(fds, 3, spin || busy ? 0 : pinging() ? 1 : -1) < 0 && errno != EINTR)
 			WRONG("poll: %s", strerror(errno));
