@@ -143,8 +143,10 @@ impl Drop for Mr {
             }
         }
         let _ = context.conn.ask(&DeregMr { key: self.key, _pad: 0 });
-        if self.pd.late_copies.load(Ordering::Acquire) {
-            self.registration.take().map(Registration::retire);
+        if self.pd.late_copies.load(Ordering::Acquire)
+            && let Some(registration) = self.registration.take()
+        {
+            registration.retire();
         }
     }
 }
