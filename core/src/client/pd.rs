@@ -14,7 +14,7 @@ use super::context::Context;
 use super::mem::{MemError, PdMemory, Registration, Want};
 
 /// How long deregistration and ERR wait for copies of honest peers; a copy step is bounded, so this is generous.
-pub(super) const QUIESCE: Duration = Duration::from_secs(1);
+const QUIESCE: Duration = Duration::from_secs(1);
 
 /// A protection domain.
 pub struct Pd {

@@ -24,7 +24,7 @@ use super::context::Context;
 use super::cq::Cq;
 use super::events::{AsyncEvent, AsyncKind};
 use super::lanes::{Lanes, RecvLane, SendLane};
-use super::pd::{Pd, QUIESCE};
+use super::pd::Pd;
 use super::slab::{Block, BlockKind};
 use send::SendSide;
 
@@ -210,9 +210,7 @@ impl Qp {
     fn stop_receiving(&self, dest: Option<(Gid, u32)>) {
         if self.kind() != QpType::Ud {
             // A peer that does not end its copy in time gets no more of it than at deregistration.
-            if !self.quiesce(Instant::now() + QUIESCE) {
-                self.pd.expect_late_copies();
-            }
+            self.quiesce_briefly();
             self.lanes.deserted.store(true, Ordering::Release);
         }
         self.recv_cq.completed(self.recv_bit, true);
@@ -290,8 +288,9 @@ impl Qp {
 }
 
 impl Qp {
-    /// Before the queues' memory is used anew: waits a moment for copies that began before.
-    fn quiesce_for_reuse(&self) {
+    /// Before the queues are of no use to peers: waits for copies that began before. Not for long: the helper may be the one
+    /// that waits, and it is to hear of a copier's death within a second.
+    fn quiesce_briefly(&self) {
         if !self.quiesce(Instant::now() + Duration::from_millis(100)) {
             self.pd.expect_late_copies();
         }
@@ -314,7 +313,7 @@ impl Qp {
         context.qps.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.qpn());
         let _ = context.conn.ask(&DestroyQp { qpn: self.qpn() });
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
-        self.quiesce_for_reuse();
+        self.quiesce_briefly();
         // Whoever runs a request holds the lock; with it in hand none runs, and none will.
         let mut side = self.lock_send();
         self.give_up(&mut side);

@@ -119,7 +119,7 @@ impl Qp {
     fn reset(&self) {
         self.lanes.set_state(QpState::Reset);
         let _ = self.context().conn.ask(&Disconnect { qpn: self.qpn(), error: 0 });
-        self.quiesce_for_reuse();
+        self.quiesce_briefly();
         let empty = || {
             let mut side = self.lock_send();
             let _posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
