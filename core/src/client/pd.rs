@@ -7,7 +7,7 @@ use crate::ctl::{AllocPd, DeallocPd, DeregMr, RegMr};
 use crate::error::{Error, Result};
 use crate::ring::mr::slot_of;
 use crate::ring::{Extent, MrView};
-use crate::sync::{AtomicBool, Ordering};
+use crate::sync::{AtomicUsize, Ordering};
 use crate::verbs::Access;
 
 use super::context::Context;
@@ -21,8 +21,8 @@ pub struct Pd {
     pub(super) context: Arc<Context>,
     pub(super) id: u32,
     memory: Arc<PdMemory>,
-    /// A copy was given up on: its bytes may still come, so no place in the file is used twice from then on.
-    late_copies: AtomicBool,
+    /// Copies that were given up on: their bytes may still come, so no place in the file is used twice meanwhile.
+    late_copies: AtomicUsize,
 }
 
 /// A memory region.
@@ -38,7 +38,7 @@ impl Context {
     pub fn alloc_pd(self: &Arc<Self>) -> Result<Arc<Pd>> {
         let memory = PdMemory::new()?;
         let id = self.conn.call(&AllocPd {}, &[memory.fd()])?.0.id;
-        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory, late_copies: AtomicBool::new(false) }))
+        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory, late_copies: AtomicUsize::new(0) }))
     }
 }
 
@@ -50,8 +50,13 @@ impl Pd {
 
     /// A peer of one of its QPs did not end its copy in time (it is stopped): what it writes when it goes on must not
     /// land in memory that is registered by then.
-    pub(super) fn expect_late_copies(&self) {
-        self.late_copies.store(true, Ordering::Release);
+    pub(super) fn expect_late_copy(&self) {
+        self.late_copies.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// That peer is dead.
+    pub(super) fn late_copy_ended(&self) {
+        self.late_copies.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// ibv_reg_mr(3), ibv_reg_mr_iova(3): registers `[addr, addr+len)`; requests name it by addresses from `iova` on.
@@ -138,12 +143,12 @@ impl Drop for Mr {
         let deadline = Instant::now() + QUIESCE;
         for qp in context.all_qps() {
             if qp.pd_id() == self.pd.id && !qp.quiesce(deadline) {
-                self.pd.expect_late_copies();
+                qp.expect_late_copy();
                 qp.enter_error();
             }
         }
         let _ = context.conn.ask(&DeregMr { key: self.key, _pad: 0 });
-        if self.pd.late_copies.load(Ordering::Acquire)
+        if self.pd.late_copies.load(Ordering::Acquire) > 0
             && let Some(registration) = self.registration.take()
         {
             registration.retire();

@@ -58,6 +58,8 @@ pub struct Qp {
     recv: Mutex<()>,
     /// A send failed and took the QP to ERR: the program has a completion, but no event.
     send_failed: AtomicBool,
+    /// The peer's copy was given up on; counted in the PD.
+    late_copy: AtomicBool,
     /// The router may know more about the peer than it did.
     ask_again: AtomicBool,
     closed: AtomicBool,
@@ -143,6 +145,7 @@ impl Pd {
                 attr: Mutex::default(),
                 recv: Mutex::default(),
                 send_failed: AtomicBool::new(false),
+                late_copy: AtomicBool::new(false),
                 ask_again: AtomicBool::new(true),
                 closed: AtomicBool::new(false),
             }
@@ -240,6 +243,9 @@ impl Qp {
     pub(super) fn orphan(self: &Arc<Self>) {
         self.lanes.shared[0].end_copy();
         self.lanes.deserted.store(true, Ordering::Release);
+        if self.late_copy.swap(false, Ordering::AcqRel) {
+            self.pd.late_copy_ended();
+        }
         self.forget_peer();
         self.fail(AsyncKind::QpFatal);
         self.recv_cq.ring_again();
@@ -292,7 +298,14 @@ impl Qp {
     /// that waits, and it is to hear of a copier's death within a second.
     fn quiesce_briefly(&self) {
         if !self.quiesce(Instant::now() + Duration::from_millis(100)) {
-            self.pd.expect_late_copies();
+            self.expect_late_copy();
+        }
+    }
+
+    /// The peer's copy was given up on.
+    pub(super) fn expect_late_copy(&self) {
+        if !self.late_copy.swap(true, Ordering::AcqRel) {
+            self.pd.expect_late_copy();
         }
     }
 
