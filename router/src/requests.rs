@@ -1,10 +1,10 @@
 //! The requests of verbs clients: a table kind -> handler, each handler a translation to the state's operations.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use freeflow_core::ctl::*;
-use freeflow_core::shm::{Mapping, is_sealed_memfd, make_memfd};
+use freeflow_core::shm::{Bell, Mapping, is_sealed_memfd, make_memfd};
 use freeflow_core::verbs::Gid;
 use rustix::fs::FallocateFlags;
 use zerocopy::IntoBytes;
@@ -139,16 +139,11 @@ impl Handle for DeallocPd {
 impl Handle for CreateChannel {
     fn handle(self, session: &Session, fds: Vec<OwnedFd>) -> Result<(Id, Fds)> {
         let bell = only(fds)?;
-        if !is_eventfd(&bell) {
-            return Err(Refusal::Invalid("a channel's bell must be an eventfd"));
+        if Bell::open(&bell).is_err() {
+            return Err(Refusal::Invalid("a channel's bell must be a pipe that anybody may open anew"));
         }
         id(session.shared.with(|state| state.create_channel(session.owner, bell)))
     }
-}
-
-fn is_eventfd(fd: &OwnedFd) -> bool {
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    link.is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
 }
 
 impl Handle for DestroyChannel {

@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 use freeflow_core::ctl::{
     ClientGone, PeerFault, PeerGone, PeerLeft, PeerProgress, PeerReady, Socket, SocketError,
 };
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::OFlags;
+use freeflow_core::shm::Bell;
 
 use crate::cm;
 use crate::config::Settings;
@@ -119,15 +118,10 @@ fn send(socket: &Socket, notice: Notice) -> Result<(), SocketError> {
     }
 }
 
-/// Writes to a client's eventfd. Its other holders can clear O_NONBLOCK and fill it; so it is set and room is checked
-/// first. Winning the race that remains stops one thread that serves the same tenant.
-pub fn ring_bell(bell: &OwnedFd) {
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let writable = rustix::fs::fcntl_getfl(bell)
-        .and_then(|flags| rustix::fs::fcntl_setfl(bell, flags | OFlags::NONBLOCK))
-        .and_then(|()| rustix::event::poll(&mut [PollFd::new(bell, PollFlags::OUT)], Some(&now)));
-    if writable.is_ok_and(|ready| ready > 0) {
-        // A full or broken bell is its owner's loss: it rings already.
-        let _ = rustix::io::write(bell, &1u64.to_ne_bytes());
+/// Rings a client's bell. Rare enough (deaths, and peers that cannot open it) to open it for each ring.
+pub fn ring_bell(given: &OwnedFd) {
+    match Bell::open(given) {
+        Ok(bell) => bell.ring(),
+        Err(errno) => tracing::warn!("a bell cannot be rung: {errno}"),
     }
 }

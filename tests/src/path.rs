@@ -161,11 +161,18 @@ pub struct Host {
 impl Host {
     /// Starts the router and waits until it serves.
     pub fn start(tree: &Tree) -> io::Result<Self> {
+        Self::configured(tree, "")
+    }
+
+    /// The same with a configuration (TOML) of its own.
+    pub fn configured(tree: &Tree, config: &str) -> io::Result<Self> {
         let dir = env::temp_dir().join(format!("freeflow-conformance-{}", process::id()));
         fs::create_dir(&dir)?;
+        fs::write(dir.join("router.toml"), config)?;
         let log = fs::File::create(dir.join("router.log"))?;
         let mut command = Command::new(tree.freeflow());
         command.args([OsStr::new("router"), OsStr::new("--socket"), dir.join("router.sock").as_os_str()]);
+        command.arg("--config").arg(dir.join("router.toml"));
         command.arg("--ready-on-stdout").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
         let router = command.spawn().inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
         let mut host = Self { tree: tree.clone(), dir, router };
@@ -182,9 +189,25 @@ impl Host {
         fs::read_to_string(self.dir.join("router.log")).unwrap_or_default()
     }
 
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("router.sock")
+    }
+
+    /// The router's.
+    pub fn pid(&self) -> u32 {
+        self.router.id()
+    }
+
+    /// `program` in a container of its own, by name.
+    pub fn run_in(&self, container: &str, program: &FsPath) -> Command {
+        let mut command = Command::new(self.tree.freeflow());
+        command.arg("run").arg("--router").arg(self.socket()).args(["--name", container, "--"]).arg(program);
+        command
+    }
+
     fn run(&self, program: &FsPath) -> Command {
         let mut command = Command::new(self.tree.freeflow());
-        command.arg("run").arg("--router").arg(self.dir.join("router.sock")).arg("--").arg(program);
+        command.arg("run").arg("--router").arg(self.socket()).arg("--").arg(program);
         command
     }
 }

@@ -11,6 +11,7 @@ mod layout;
 mod packages;
 mod perftest;
 mod process;
+mod safety;
 mod soak;
 mod test;
 
@@ -38,10 +39,23 @@ enum Command {
         #[arg(long)]
         portable: bool,
     },
-    /// Long checks: `fresh` is demo and test in a new Debian root
-    Soak { name: soak::Name },
+    /// Long checks
+    #[command(subcommand)]
+    Soak(Soak),
     /// Measure: results under target/bench
     Bench { name: bench::Name },
+}
+
+#[derive(Debug, Subcommand)]
+enum Soak {
+    /// demo and test in a new Debian root
+    Fresh,
+    /// SIGKILL and SIGSTOP at random instants of either side under load
+    Kill(safety::Kill),
+    /// A neighbour of the same tenant that scribbles over all it was given, and mutated control messages
+    Hostile(safety::Hostile),
+    /// Deregistration while a copier is stopped at each of its steps
+    Revoke(safety::Revoke),
 }
 
 fn main() -> ExitCode {
@@ -49,7 +63,10 @@ fn main() -> ExitCode {
         Command::Demo => demo::run(),
         Command::Test { filter } => test::run(filter.as_deref()),
         Command::Dist { portable } => dist::run(portable),
-        Command::Soak { name } => soak::run(name),
+        Command::Soak(Soak::Fresh) => soak::fresh(),
+        Command::Soak(Soak::Kill(args)) => safety::kill(&args),
+        Command::Soak(Soak::Hostile(args)) => safety::hostile(&args),
+        Command::Soak(Soak::Revoke(args)) => safety::revoke(&args),
         Command::Bench { name } => bench::run(name),
     };
     result.unwrap_or_else(|failure| {

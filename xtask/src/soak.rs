@@ -1,4 +1,4 @@
-//! `cargo xtask soak`: long checks. `fresh` runs demo and test from a clone in a new Debian root.
+//! `cargo xtask soak fresh`: demo and test from a clone in a new Debian root.
 //!
 //! The new root has Debian's base, this machine's package sources, and the Rust toolchain by bind mount with the linker
 //! it needs: nothing else is installed by hand.
@@ -10,15 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use clap::ValueEnum;
-
 use crate::failure::{Context as _, Failure, Result};
 use crate::{layout, packages, process};
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum Name {
-    Fresh,
-}
 
 /// Everything is downloaded and built anew.
 const LIMIT: Duration = Duration::from_secs(7200);
@@ -37,13 +30,7 @@ const KEPT: [&str; 8] = [
     "SSL_CERT_DIR",
 ];
 
-pub fn run(name: Name) -> Result<ExitCode> {
-    match name {
-        Name::Fresh => fresh(),
-    }
-}
-
-fn fresh() -> Result<ExitCode> {
+pub fn fresh() -> Result<ExitCode> {
     if !rustix::process::geteuid().is_root() {
         return Err(Failure::new("soak fresh needs root: it makes a Debian root and enters it"));
     }

@@ -1,17 +1,18 @@
 //! Completion channels: a descriptor that becomes readable when an armed CQ has something.
 //!
-//! The program's descriptor is a private epoll around the bell; peers only ever hold the bell, so nothing they do to it
-//! (filling it, changing its flags) reaches the program's descriptor beyond a spurious wake.
+//! The program's descriptor is a private epoll around the bell's own end; peers only ever hold the other one, so nothing
+//! they do to it (filling it, changing its flags) reaches the program's descriptor beyond a spurious wake.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, epoll, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
 use crate::ctl::{CreateChannel, DestroyChannel};
 use crate::error::{Error, Result};
+use crate::shm::{Bell, hush, make_bell};
 
 use super::context::Context;
 use super::cq::Cq;
@@ -22,7 +23,9 @@ use super::stall::Stall;
 pub struct Channel {
     pub(super) id: u32,
     pub(super) context: Arc<Context>,
-    bell: OwnedFd,
+    /// The end that is waited on; nobody else has it.
+    heard: OwnedFd,
+    bell: Bell,
     epoll: OwnedFd,
     cqs: Mutex<Vec<Weak<Cq>>>,
 }
@@ -30,14 +33,14 @@ pub struct Channel {
 impl Context {
     /// ibv_create_comp_channel(3).
     pub fn create_channel(self: &Arc<Self>) -> Result<Arc<Channel>> {
-        let bell =
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
+        let (heard, given) = make_bell().map_err(Error::system("pipe"))?;
+        let bell = Bell::open(&given).map_err(Error::system("open of a pipe in /proc/self/fd"))?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(Error::system("epoll_create"))?;
-        epoll::add(&epoll, &bell, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+        epoll::add(&epoll, &heard, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
             .map_err(Error::system("epoll_ctl"))?;
-        let id = self.conn.call(&CreateChannel {}, &[bell.as_fd()])?.0.id;
+        let id = self.conn.call(&CreateChannel {}, &[given.as_fd()])?.0.id;
         let context = Arc::clone(self);
-        Ok(Arc::new(Channel { id, context, bell, epoll, cqs: Mutex::default() }))
+        Ok(Arc::new(Channel { id, context, heard, bell, epoll, cqs: Mutex::default() }))
     }
 }
 
@@ -56,14 +59,14 @@ impl Channel {
         cqs.retain(|weak| !std::ptr::eq(weak.as_ptr(), cq));
         drop(cqs);
         // Its untaken event goes with it; what others rang stays.
-        let _ = rustix::io::read(&self.bell, &mut [0u8; 8]);
+        hush(&self.heard);
         if self.live().iter().any(|other| other.is_rung()) {
             self.ring();
         }
     }
 
     pub(super) fn ring(&self) {
-        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+        self.bell.ring();
     }
 
     /// ibv_get_cq_event(3): waits for a CQ that rang and returns its cookie. EAGAIN if the program made the descriptor
@@ -71,7 +74,7 @@ impl Channel {
     pub fn next_event(&self) -> Result<u64> {
         loop {
             // Emptied before looking: a ring after the look fills it again.
-            let _ = rustix::io::read(&self.bell, &mut [0u8; 8]);
+            hush(&self.heard);
             if let Some(cookie) = self.take_rung() {
                 return Ok(cookie);
             }

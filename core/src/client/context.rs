@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use crate::ctl::{Limits, purpose};
 use crate::error::{Error, Result};
 use crate::ring::{MR_SLOTS, MrEntry};
-use crate::shm::{Mapping, View};
+use crate::shm::{Mapping, View, seal_for_owner};
 use crate::verbs::Gid;
 
 use super::conn::{Conn, Opened};
@@ -50,8 +50,11 @@ impl Context {
     pub fn open() -> Result<Arc<Context>> {
         let Opened { conn, events, mut fds } = Conn::open(purpose::VERBS)?;
         let table = fds.next().ok_or_else(|| Error::Disconnected("no MR table came with Hello".into()))?;
-        let table = Mapping::new(table, 0, MR_SLOTS * size_of::<MrEntry>(), true);
-        let table = Arc::new(table.map_err(Error::system("mmap of the MR table"))?);
+        let map = Mapping::new(&table, 0, MR_SLOTS * size_of::<MrEntry>(), true);
+        let map = map.map_err(Error::system("mmap of the MR table"))?;
+        // Peers get it for reading. Linux before 5.1 does not know the seal: there, a peer that is root can write it.
+        let _ = seal_for_owner(&table);
+        let table = Arc::new(map);
         table.dont_fork();
         let mrs = View::new(table, 0, MR_SLOTS).ok_or(Error::Invalid("MR table size"))?;
         let context = Arc::new(Context {

@@ -7,6 +7,7 @@ use crate::ctl::{AllocPd, DeallocPd, DeregMr};
 use crate::error::{Error, Result};
 use crate::ring::mr::slot_of;
 use crate::ring::{Extent, MrView};
+use crate::sync::{AtomicUsize, Ordering};
 use crate::verbs::Access;
 
 use super::context::Context;
@@ -14,7 +15,7 @@ use super::keys::Keys;
 use super::mem::{MemError, PdMemory, Registration, Want};
 
 /// How long deregistration and ERR wait for copies of honest peers; a copy step is bounded, so this is generous.
-pub(super) const QUIESCE: Duration = Duration::from_secs(1);
+const QUIESCE: Duration = Duration::from_secs(1);
 
 /// A protection domain.
 pub struct Pd {
@@ -22,14 +23,16 @@ pub struct Pd {
     pub(super) id: u32,
     memory: Arc<PdMemory>,
     keys: Keys,
+    /// Copies that were given up on: their bytes may still come, so no place in the file is used twice meanwhile.
+    late_copies: AtomicUsize,
 }
 
 /// A memory region.
 pub struct Mr {
     pd: Arc<Pd>,
     key: u32,
-    /// Gives the pages back when dropped, after the key is dead.
-    _registration: Registration,
+    /// Gives the pages back when dropped, after the key is dead. None only then.
+    registration: Option<Registration>,
 }
 
 impl Context {
@@ -37,7 +40,8 @@ impl Context {
     pub fn alloc_pd(self: &Arc<Self>) -> Result<Arc<Pd>> {
         let memory = PdMemory::new()?;
         let id = self.conn.call(&AllocPd {}, &[memory.fd()])?.0.id;
-        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory, keys: Keys::new(id) }))
+        let (keys, late_copies) = (Keys::new(id), AtomicUsize::new(0));
+        Ok(Arc::new(Pd { context: Arc::clone(self), id, memory, keys, late_copies }))
     }
 }
 
@@ -45,6 +49,17 @@ impl Pd {
     /// The context it belongs to.
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// A peer of one of its QPs did not end its copy in time (it is stopped): what it writes when it goes on must not
+    /// land in memory that is registered by then.
+    pub(super) fn expect_late_copy(&self) {
+        self.late_copies.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// That peer is dead.
+    pub(super) fn late_copy_ended(&self) {
+        self.late_copies.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// ibv_reg_mr(3), ibv_reg_mr_iova(3): registers `[addr, addr+len)`; requests name it by addresses from `iova` on.
@@ -95,7 +110,7 @@ impl Pd {
             view.extent_count += 1;
         }
         context.mrs[slot_of(key)].publish(&view);
-        Ok(Arc::new(Mr { pd: Arc::clone(self), key, _registration: registration }))
+        Ok(Arc::new(Mr { pd: Arc::clone(self), key, registration: Some(registration) }))
     }
 }
 
@@ -136,10 +151,16 @@ impl Drop for Mr {
         let deadline = Instant::now() + QUIESCE;
         for qp in context.all_qps() {
             if qp.pd_id() == self.pd.id && !qp.quiesce(deadline) {
+                qp.expect_late_copy();
                 qp.enter_error();
             }
         }
         let _ = context.conn.ask(&DeregMr { key: self.key, _pad: 0 });
+        if self.pd.late_copies.load(Ordering::Acquire) > 0
+            && let Some(registration) = self.registration.take()
+        {
+            registration.retire();
+        }
     }
 }
 

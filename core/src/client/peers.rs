@@ -10,10 +10,12 @@ use rustix::io::Errno;
 use crate::ctl::{PeerInfo, peer_fds};
 use crate::error::{Error, Result};
 use crate::ring::{CqShared, Extent, MR_SLOTS, MrEntry, QpShared, RecvSlot};
-use crate::shm::{Mapping, PAGE, View};
+use crate::shm::{Bell, Mapping, PAGE, View};
 
 /// Mappings of one PD kept at a time; beyond, all unused ones are dropped.
 const MAX_WINDOWS: usize = 4096;
+/// Address space that the mappings of one PD may take: extents are the peer's claim, and cost it nothing.
+const MAX_MAPPED: u64 = 1 << 40;
 
 /// A peer's QP, resolved.
 #[derive(Debug)]
@@ -28,8 +30,8 @@ pub struct PeerQp {
     pub mrs: View<MrEntry>,
     pub pd: u32,
     pub memory: Arc<PdMemoryView>,
-    /// Eventfd of the channel of its receive CQ.
-    pub bell: Option<Arc<OwnedFd>>,
+    /// Of the channel of its receive CQ. None: there is none, or it cannot be opened here, and the router rings.
+    pub bell: Option<Arc<Bell>>,
 }
 
 /// The memfd of a peer's PD and what of it is mapped here.
@@ -58,8 +60,13 @@ impl PdMemoryView {
         if let Some(found) = windows.get(&offset).filter(|map| map.len() >= len) {
             return Ok(Arc::clone(found));
         }
-        if windows.len() >= MAX_WINDOWS {
+        let mapped: u64 = windows.values().map(|map| map.len() as u64).sum();
+        if windows.len() >= MAX_WINDOWS || mapped + len as u64 > MAX_MAPPED {
             windows.retain(|_, map| Arc::strong_count(map) > 1);
+            let kept: u64 = windows.values().map(|map| map.len() as u64).sum();
+            if windows.len() >= MAX_WINDOWS || kept.saturating_add(len as u64) > MAX_MAPPED {
+                return Err(Errno::NOMEM);
+            }
         }
         let map = Mapping::new(&self.fd, offset, len, true)?;
         map.dont_fork();
@@ -84,7 +91,7 @@ struct Process {
     slabs: HashMap<u32, Arc<Mapping>>,
     mrs: Option<Arc<Mapping>>,
     pds: HashMap<u32, Arc<PdMemoryView>>,
-    bells: HashMap<u32, Arc<OwnedFd>>,
+    bells: HashMap<u32, Arc<Bell>>,
 }
 
 /// All processes this one talks to.
@@ -147,7 +154,7 @@ impl Process {
             self.pds.insert(info.pd, Arc::new(view));
         }
         if let Some(fd) = next(peer_fds::BELL) {
-            self.bells.insert(info.channel, Arc::new(fd));
+            Bell::open(&fd).ok().map(|bell| self.bells.insert(info.channel, Arc::new(bell)));
         }
         Ok(())
     }
@@ -207,5 +214,17 @@ mod tests {
         assert_eq!(window(2 * PAGE, 0), Ok(2 * PAGE));
         assert_eq!(window(PAGE, 2 * PAGE), Err(Errno::INVAL));
         assert_eq!(window(2 * PAGE, PAGE), Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn a_peers_claims_do_not_take_all_address_space() {
+        let extent = |len, offset| Extent { va: 0x7000_0000, len, offset };
+        let vast = PdMemoryView::new(crate::shm::make_memfd("vast", 1 << 50).expect("memfd")).expect("view");
+        let kept = vast.window(&extent(MAX_MAPPED / 2, 0)).expect("half of what is allowed");
+        let quarter = MAX_MAPPED / 4;
+        drop(vast.window(&extent(quarter, MAX_MAPPED)).expect("in use no longer"));
+        let _kept = (kept, vast.window(&extent(MAX_MAPPED / 2, 2 * MAX_MAPPED)).expect("in its place"));
+        assert_eq!(vast.window(&extent(0x1000, 0)).expect("mapped already").len() as u64, MAX_MAPPED / 2);
+        assert_eq!(vast.window(&extent(0x1000, 4096)).expect_err("everything is in use"), Errno::NOMEM);
     }
 }

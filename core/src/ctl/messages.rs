@@ -177,7 +177,7 @@ requests! {
     /// A protection domain; the fd is its sparse memfd, which the router never maps.
     3 AllocPd [1] {} -> Id;
     4 DeallocPd [0] { pd: u32, } -> Done;
-    /// A completion channel; the fd is its bell (an eventfd).
+    /// A completion channel; the fd is its bell: a pipe that anybody may open anew.
     5 CreateChannel [1] {} -> Id;
     6 DestroyChannel [0] { channel: u32, } -> Done;
     /// `channel` 0: none. The CQ's shared header is at `off` in `slab`.

@@ -69,7 +69,7 @@ fn move_one<M: PeerMemory>(
     offset: u64,
     want: u64,
 ) -> Result<u64, Unreachable> {
-    match memory.reach(remote.entry, remote.key, remote.va + offset, want) {
+    match memory.reach(remote.entry, remote.key, remote.va.wrapping_add(offset), want) {
         Reach::Here(bytes) => {
             let bytes = bytes.first(want);
             let len = bytes.len() as u64;
@@ -89,7 +89,7 @@ fn move_one<M: PeerMemory>(
                 kind: direction.far_kind,
                 key: remote.key,
                 local,
-                remote: remote.iova + offset,
+                remote: remote.iova.wrapping_add(offset),
                 len,
             };
             memory.far(copy).map_err(|_| Unreachable)?;

@@ -63,12 +63,6 @@ impl CqShared {
         self.wake(solicited)
     }
 
-    /// What the fence in [`CqShared::completed`] is for: the model checker shows that this loses wake-ups.
-    #[cfg(loom)]
-    pub fn armed_without_fence(&self) -> bool {
-        self.wake(false) == Ring::Bell
-    }
-
     fn wake(&self, solicited: bool) -> Ring {
         let wanted = if solicited { ARMED | ARMED_SOLICITED } else { ARMED };
         let mut flags = self.flags.load(Ordering::Relaxed);

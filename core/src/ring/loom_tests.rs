@@ -3,15 +3,22 @@
 //! Run with `RUSTFLAGS="--cfg loom" cargo test --release -p freeflow-core --lib loom_`.
 
 use loom::sync::Arc;
-use loom::sync::atomic::{AtomicU32, Ordering, fence};
 use loom::thread;
 
 use super::*;
+use crate::sync::weak::{Lack, lack};
+use crate::sync::{AtomicU32, Ordering, fence};
 
 /// Preemptions per execution: enough for every two-party race here, few enough for minutes.
 const PREEMPTIONS: usize = 3;
 
-fn model(test: impl Fn() + Sync + Send + 'static) {
+/// The same with something missing from atomics or fences: whoever calls this expects a panic.
+fn model_without(what: Lack, test: fn()) {
+    lack(what);
+    model(test);
+}
+
+fn model(test: fn()) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(PREEMPTIONS);
     builder.check(test);
@@ -43,22 +50,56 @@ impl Queue {
     }
 }
 
+fn one_receive_goes_to_one_of_two_senders() {
+    let queue = Queue::new(1);
+    queue.rq().post(0, &[]);
+    let other = Arc::clone(&queue);
+    let sender = thread::spawn(move || other.send(1));
+    let mine = queue.send(2);
+    let theirs = sender.join().expect("sender");
+    assert!(mine ^ theirs, "exactly one sender wins");
+    let Some(Taken::Done(said, payload)) = queue.rq().take(0, false, false) else { panic!("not complete") };
+    assert_eq!(said.byte_len, if mine { 2 } else { 1 });
+    assert_eq!(payload.read()[7], said.byte_len as u8, "payload and completion are the same sender's");
+}
+
 #[test]
 fn loom_one_receive_goes_to_one_of_two_senders() {
-    model(|| {
-        let queue = Queue::new(1);
-        queue.rq().post(0, &[]);
-        let other = Arc::clone(&queue);
-        let sender = thread::spawn(move || other.send(1));
-        let mine = queue.send(2);
-        let theirs = sender.join().expect("sender");
-        assert!(mine ^ theirs, "exactly one sender wins");
-        let Some(Taken::Done(said, payload)) = queue.rq().take(0, false, false) else {
-            panic!("not complete")
-        };
-        assert_eq!(said.byte_len, if mine { 2 } else { 1 });
-        assert_eq!(payload.read()[7], said.byte_len as u8, "payload and completion are the same sender's");
+    model(one_receive_goes_to_one_of_two_senders);
+}
+
+fn a_claimed_receive_is_whole() {
+    let queue = Queue::new(1);
+    let other = Arc::clone(&queue);
+    let sender = thread::spawn(move || {
+        let claim = other.rq().claim(&other.qp.head, 1)?;
+        let mut sges = [crate::verbs::Sge::default(); MAX_SGE];
+        let count = claim.read_sges(&mut sges);
+        claim.complete(&Completion::default());
+        Some((count, sges[0].addr, sges[0].lkey))
     });
+    queue.rq().post(0, &[crate::verbs::Sge { addr: 1, length: 2, lkey: 3 }]);
+    if let Some(read) = sender.join().expect("sender") {
+        assert_eq!(read, (1, 1, 3), "a receive was claimed before its list was there");
+    }
+}
+
+#[test]
+fn loom_a_claimed_receive_is_whole() {
+    model(a_claimed_receive_is_whole);
+}
+
+fn a_flush_and_a_sender_agree_on_who_has_the_receive() {
+    let queue = Queue::new(1);
+    queue.rq().post(0, &[]);
+    let other = Arc::clone(&queue);
+    let sender = thread::spawn(move || other.send(1));
+    let mut taken = queue.rq().take(0, true, false);
+    let sent = sender.join().expect("sender");
+    if taken.is_none() {
+        taken = queue.rq().take(0, true, false);
+    }
+    assert_eq!(sent, matches!(taken, Some(Taken::Done(..))));
 }
 
 /// Fills every receive that waits; the owner then has all of `seqs`.
@@ -99,175 +140,197 @@ fn loom_two_senders_leave_a_hint_that_leads_on() {
 
 #[test]
 fn loom_a_flush_and_a_sender_agree_on_who_has_the_receive() {
-    model(|| {
-        let queue = Queue::new(1);
-        queue.rq().post(0, &[]);
-        let other = Arc::clone(&queue);
-        let sender = thread::spawn(move || other.send(1));
-        let mut taken = queue.rq().take(0, true, false);
-        let sent = sender.join().expect("sender");
-        if taken.is_none() {
-            taken = queue.rq().take(0, true, false);
-        }
-        assert_eq!(sent, matches!(taken, Some(Taken::Done(..))));
+    model(a_flush_and_a_sender_agree_on_who_has_the_receive);
+}
+
+/// The owner is the thread that is spawned: loom remembers the last access of a word only, and the sender's own look at it
+/// would hide the owner's.
+fn a_taken_receive_is_whole() {
+    let queue = Queue::new(1);
+    queue.rq().post(0, &[]);
+    let other = Arc::clone(&queue);
+    let owner = thread::spawn(move || match other.rq().take(0, false, false) {
+        Some(Taken::Done(said, payload)) => Some((said.byte_len, payload.read()[0])),
+        _ => None,
     });
+    assert!(queue.send(9));
+    if let Some(taken) = owner.join().expect("owner") {
+        assert_eq!(taken, (9, 9));
+    }
 }
 
 #[test]
 fn loom_a_taken_receive_is_whole() {
-    model(|| {
-        let queue = Queue::new(1);
-        let other = Arc::clone(&queue);
-        let sender = thread::spawn(move || other.send(9));
-        queue.rq().post(0, &[crate::verbs::Sge { addr: 1, length: 2, lkey: 3 }]);
-        let taken = queue.rq().take(0, false, false);
-        if let Some(Taken::Done(said, payload)) = &taken {
-            assert_eq!((said.byte_len, payload.read()[0]), (9, 9));
-        }
-        assert!(sender.join().expect("sender") || taken.is_none(), "taken, but never sent");
-    });
+    model(a_taken_receive_is_whole);
 }
 
-/// The owner arms and looks again; the sender completes and looks at the arm word. Returns (seen, rung).
-fn arm_against_completion(complete: fn(&CqShared) -> bool) -> (bool, bool) {
+/// The owner arms and looks again; the sender completes and looks at the arm word.
+fn no_wake_up_is_lost() {
     let queue = Queue::new(1);
     queue.rq().post(0, &[]);
     let other = Arc::clone(&queue);
     let sender = thread::spawn(move || {
         assert!(other.send(1));
-        complete(&other.cq)
+        other.cq.completed(None, false) == Ring::Bell
     });
     queue.cq.arm(false);
     let seen = queue.rq().take(0, false, false).is_some();
-    (seen, sender.join().expect("sender"))
+    let rung = sender.join().expect("sender");
+    assert!(seen || rung, "the owner would sleep on a completion");
 }
 
 #[test]
 fn loom_no_wake_up_is_lost() {
-    model(|| {
-        let (seen, rung) = arm_against_completion(|cq| cq.completed(None, false) == Ring::Bell);
-        assert!(seen || rung, "the owner would sleep on a completion");
-    });
+    model(no_wake_up_is_lost);
 }
 
-#[test]
-#[should_panic(expected = "the owner would sleep")]
-fn loom_a_wake_up_is_lost_without_the_fence() {
-    model(|| {
-        let (seen, rung) = arm_against_completion(CqShared::armed_without_fence);
-        assert!(seen || rung, "the owner would sleep on a completion");
+fn a_waiting_sender_is_told() {
+    let queue = Queue::new(1);
+    let other = Arc::clone(&queue);
+    let owner = thread::spawn(move || {
+        other.rq().post(0, &[]);
+        other.qp.receive_posted()
     });
+    queue.qp.wait_for_receive();
+    let found = queue.rq().ready(&queue.qp.head);
+    let told = owner.join().expect("owner");
+    assert!(found || told, "the sender would wait for ever");
 }
 
 #[test]
 fn loom_a_waiting_sender_is_told() {
-    model(|| {
-        let queue = Queue::new(1);
-        let other = Arc::clone(&queue);
-        let owner = thread::spawn(move || {
-            other.rq().post(0, &[]);
-            other.qp.receive_posted()
-        });
-        queue.qp.wait_for_receive();
-        let found = queue.rq().ready(&queue.qp.head);
-        let told = owner.join().expect("owner");
-        assert!(found || told, "the sender would wait for ever");
+    model(a_waiting_sender_is_told);
+}
+
+fn nothing_lands_after_revocation() {
+    let qp = Arc::new(QpShared::default());
+    let (entry, page) = (Arc::new(MrEntry::default()), Arc::new(AtomicU32::new(0)));
+    entry.publish(&MrView { key: 0x10000, ..MrView::default() });
+    let (qp2, entry2, page2) = (Arc::clone(&qp), Arc::clone(&entry), Arc::clone(&page));
+    let copier = thread::spawn(move || {
+        let _in_flight = qp2.enter();
+        if entry2.is(0x10000) {
+            page2.store(1, Ordering::Relaxed);
+        }
     });
+    entry.kill();
+    let mut since = None;
+    while let Err(word) = qp.quiesced(since) {
+        since = Some(word);
+        thread::yield_now();
+    }
+    let at_return = page.load(Ordering::Relaxed);
+    copier.join().expect("copier");
+    assert_eq!(page.load(Ordering::Relaxed), at_return, "a copy landed after deregistration returned");
 }
 
 #[test]
 fn loom_nothing_lands_after_revocation() {
-    model(|| {
-        let qp = Arc::new(QpShared::default());
-        let (entry, page) = (Arc::new(MrEntry::default()), Arc::new(AtomicU32::new(0)));
-        entry.publish(&MrView { key: 0x10000, ..MrView::default() });
-        let (qp2, entry2, page2) = (Arc::clone(&qp), Arc::clone(&entry), Arc::clone(&page));
-        let copier = thread::spawn(move || {
-            let _in_flight = qp2.enter();
-            if entry2.is(0x10000) {
-                page2.store(1, Ordering::Relaxed);
-            }
-        });
-        entry.kill();
-        let mut since = None;
-        while let Err(word) = qp.quiesced(since) {
-            since = Some(word);
-            thread::yield_now();
+    model(nothing_lands_after_revocation);
+}
+
+fn something_lands_if_the_key_is_checked_before_announcing() {
+    let qp = Arc::new(QpShared::default());
+    let (entry, page) = (Arc::new(MrEntry::default()), Arc::new(AtomicU32::new(0)));
+    entry.publish(&MrView { key: 0x10000, ..MrView::default() });
+    let (qp2, entry2, page2) = (Arc::clone(&qp), Arc::clone(&entry), Arc::clone(&page));
+    let copier = thread::spawn(move || {
+        let valid = entry2.is(0x10000);
+        let _in_flight = qp2.enter();
+        if valid {
+            page2.store(1, Ordering::Relaxed);
         }
-        let at_return = page.load(Ordering::Relaxed);
-        copier.join().expect("copier");
-        assert_eq!(page.load(Ordering::Relaxed), at_return, "a copy landed after deregistration returned");
     });
+    entry.kill();
+    let mut since = None;
+    while let Err(word) = qp.quiesced(since) {
+        since = Some(word);
+        thread::yield_now();
+    }
+    let at_return = page.load(Ordering::Relaxed);
+    copier.join().expect("copier");
+    assert_eq!(page.load(Ordering::Relaxed), at_return, "a copy landed after deregistration returned");
 }
 
 #[test]
 #[should_panic(expected = "landed after")]
 fn loom_something_lands_if_the_key_is_checked_before_announcing() {
-    model(|| {
-        let qp = Arc::new(QpShared::default());
-        let (entry, page) = (Arc::new(MrEntry::default()), Arc::new(AtomicU32::new(0)));
-        entry.publish(&MrView { key: 0x10000, ..MrView::default() });
-        let (qp2, entry2, page2) = (Arc::clone(&qp), Arc::clone(&entry), Arc::clone(&page));
-        let copier = thread::spawn(move || {
-            let valid = entry2.is(0x10000);
-            let _in_flight = qp2.enter();
-            if valid {
-                page2.store(1, Ordering::Relaxed);
-            }
-        });
-        entry.kill();
-        let mut since = None;
-        while let Err(word) = qp.quiesced(since) {
-            since = Some(word);
-            thread::yield_now();
-        }
-        let at_return = page.load(Ordering::Relaxed);
-        copier.join().expect("copier");
-        assert_eq!(page.load(Ordering::Relaxed), at_return, "a copy landed after deregistration returned");
-    });
+    model(something_lands_if_the_key_is_checked_before_announcing);
+}
+
+fn an_entry_is_read_whole_or_not_at_all() {
+    let entry = Arc::new(MrEntry::default());
+    let version =
+        |n: u32| MrView { key: n << 16, addr: u64::from(n), len: u64::from(n), ..MrView::default() };
+    entry.publish(&version(1));
+    let other = Arc::clone(&entry);
+    let reader = thread::spawn(move || other.read(1 << 16));
+    entry.kill();
+    entry.publish(&version(2));
+    if let Some(view) = reader.join().expect("reader") {
+        assert_eq!(view, version(1));
+    }
 }
 
 #[test]
 fn loom_an_entry_is_read_whole_or_not_at_all() {
-    model(|| {
-        let entry = Arc::new(MrEntry::default());
-        let version =
-            |n: u32| MrView { key: n << 16, addr: u64::from(n), len: u64::from(n), ..MrView::default() };
-        entry.publish(&version(1));
-        let other = Arc::clone(&entry);
-        let reader = thread::spawn(move || other.read(1 << 16));
-        entry.kill();
-        entry.publish(&version(2));
-        if let Some(view) = reader.join().expect("reader") {
-            assert_eq!(view, version(1));
-        }
+    model(an_entry_is_read_whole_or_not_at_all);
+}
+
+fn a_mark_is_not_lost_to_a_drain() {
+    let queue = Queue::new(1);
+    queue.rq().post(0, &[]);
+    queue.cq.map();
+    let other = Arc::clone(&queue);
+    let sender = thread::spawn(move || {
+        assert!(other.send(1));
+        let _ = other.cq.completed(Some(70), false);
     });
+    let mut taken = false;
+    let mut look = || {
+        let mut dirty = false;
+        queue.cq.drain_dirty(|bit| dirty |= bit == 70);
+        if dirty && !taken {
+            taken = queue.rq().take(0, false, false).is_some();
+            assert!(taken, "the mark came before the completion");
+        }
+    };
+    look();
+    sender.join().expect("sender");
+    look();
+    assert!(taken, "a completed receive without a mark");
+    fence(Ordering::SeqCst);
 }
 
 #[test]
 fn loom_a_mark_is_not_lost_to_a_drain() {
-    model(|| {
-        let queue = Queue::new(1);
-        queue.rq().post(0, &[]);
-        queue.cq.map();
-        let other = Arc::clone(&queue);
-        let sender = thread::spawn(move || {
-            assert!(other.send(1));
-            let _ = other.cq.completed(Some(70), false);
-        });
-        let mut taken = false;
-        let mut look = || {
-            let mut dirty = false;
-            queue.cq.drain_dirty(|bit| dirty |= bit == 70);
-            if dirty && !taken {
-                taken = queue.rq().take(0, false, false).is_some();
-                assert!(taken, "the mark came before the completion");
-            }
-        };
-        look();
-        sender.join().expect("sender");
-        look();
-        assert!(taken, "a completed receive without a mark");
-        fence(Ordering::SeqCst);
-    });
+    model(a_mark_is_not_lost_to_a_drain);
+}
+
+// ---- each protocol again with something missing: the model checker has to find what breaks ------------------------------
+
+macro_rules! breaks {
+    ($($name:ident: $protocol:ident without $what:ident, $message:literal;)*) => { $(
+        #[test]
+        #[should_panic(expected = $message)]
+        fn $name() {
+            model_without(Lack::$what, $protocol);
+        }
+    )* };
+}
+
+breaks! {
+    loom_without_swaps_two_senders_win: one_receive_goes_to_one_of_two_senders without Swaps, "exactly one sender wins";
+    loom_without_swaps_a_flushed_receive_is_filled:
+        a_flush_and_a_sender_agree_on_who_has_the_receive without Swaps, "left == right";
+    loom_without_release_a_claimed_list_is_torn: a_claimed_receive_is_whole without Release, "claimed before its list";
+    loom_without_acquire_a_claimed_list_is_torn: a_claimed_receive_is_whole without Acquire, "claimed before its list";
+    loom_without_release_a_taken_receive_is_torn: a_taken_receive_is_whole without Release, "left == right";
+    loom_without_acquire_a_taken_receive_is_torn: a_taken_receive_is_whole without Acquire, "left == right";
+    loom_without_fences_a_wake_up_is_lost: no_wake_up_is_lost without Fences, "the owner would sleep";
+    loom_without_fences_a_sender_waits_for_ever: a_waiting_sender_is_told without Fences, "would wait for ever";
+    loom_without_fences_a_copy_lands_late: nothing_lands_after_revocation without Fences, "landed after";
+    loom_without_release_a_copy_lands_late: nothing_lands_after_revocation without Release, "landed after";
+    loom_without_fences_an_entry_is_torn: an_entry_is_read_whole_or_not_at_all without Fences, "left == right";
+    loom_without_acquire_a_mark_comes_early: a_mark_is_not_lost_to_a_drain without Acquire, "before the completion";
 }

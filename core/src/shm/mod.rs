@@ -1,15 +1,17 @@
-//! Shared memory: memfds, mappings of them, and the copies into pages that others see.
+//! Shared memory: memfds, mappings of them, the copies into pages that others see, and the bells beside them.
 //!
 //! Owns every raw pointer into shared memory; what is in the pages is `ring`'s business. The only `unsafe` outside
 //! `client::mem` (which moves the program's own pages) and the doors.
 
+mod bell;
 mod copy;
 mod mapping;
 mod memfd;
 
+pub use bell::{Bell, hush, make_bell};
 pub use copy::{LocalBytes, SharedBytes, atomic_word, copy_in, copy_out};
 pub use mapping::{Mapping, Shared, View};
-pub use memfd::{is_sealed_memfd, make_memfd, reopen_read_only, seal};
+pub use memfd::{is_sealed_memfd, make_memfd, make_owned_memfd, reopen_read_only, seal_for_owner};
 
 /// Size of a page.
 pub const PAGE: u64 = 4096;

@@ -20,11 +20,11 @@ pub struct MrTable {
 }
 
 impl MrTable {
-    /// Makes an empty table, and its owner's writable descriptor. It is sparse: 8 MiB of which a program touches what it
+    /// Makes an empty table, and its owner's writable descriptor, which the owner seals. It is sparse: 8 MiB of which a program touches what it
     /// registers.
     pub fn new() -> rustix::io::Result<(Self, OwnedFd)> {
         let len = freeflow_core::ring::MR_SLOTS * size_of::<freeflow_core::ring::MrEntry>();
-        let fd = shm::make_memfd("freeflow-mr", len as u64)?;
+        let fd = shm::make_owned_memfd("freeflow-mr", len as u64)?;
         let read_only = shm::reopen_read_only(&fd)?;
         let map = Mapping::new(&read_only, 0, len, false)?;
         Ok((MrTable { read_only: Arc::new(read_only), map }, fd))

@@ -9,12 +9,11 @@ use std::time::Duration;
 
 use freeflow_core::ctl::*;
 use freeflow_core::ring::{MR_SLOTS, MrEntry, MrView};
-use freeflow_core::shm::{Mapping, make_memfd};
+use freeflow_core::shm::{Mapping, make_bell, make_memfd};
 use freeflow_core::verbs::{Gid, QpType};
 use freeflow_router::admin;
 use freeflow_router::config::Settings;
 use freeflow_router::daemon::Daemon;
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -155,9 +154,10 @@ impl Client {
         self.socket.call(&AllocPd {}, &[memory.as_fd()]).expect("AllocPd").0.id
     }
 
+    /// A channel, and the end of its bell that hears.
     pub fn channel(&self) -> (u32, OwnedFd) {
-        let bell = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).expect("eventfd");
-        (self.socket.call(&CreateChannel {}, &[bell.as_fd()]).expect("CreateChannel").0.id, bell)
+        let (heard, bell) = make_bell().expect("bell");
+        (self.socket.call(&CreateChannel {}, &[bell.as_fd()]).expect("CreateChannel").0.id, heard)
     }
 
     pub fn slab(&self) -> (u32, OwnedFd) {

@@ -49,6 +49,33 @@ pub fn loom(tally: &mut Tally, filter: Option<&str>) -> Result<()> {
     count(tally, "loom", &mut cargo, filter)
 }
 
+/// The queues between threads under ThreadSanitizer. Stable cargo has no switch for it, hence the bootstrap variable; std
+/// itself is not instrumented, hence the suppressions.
+pub fn tsan(tally: &mut Tally, filter: Option<&str>) -> Result<()> {
+    if filter.is_some_and(|f| !f.contains("tsan")) {
+        return Ok(());
+    }
+    let suppressions = layout::root().join("core/tests/tsan.txt");
+    let mut cargo = layout::cargo();
+    cargo.args(["test", "--package", "freeflow-core", "--test", "ring_threads"]);
+    cargo.args(["--target", "x86_64-unknown-linux-gnu", "--target-dir"]).arg(layout::target().join("tsan"));
+    cargo.env("RUSTC_BOOTSTRAP", "1");
+    cargo.env("RUSTFLAGS", "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer");
+    cargo.env("TSAN_OPTIONS", format!("suppressions={}", suppressions.display()));
+    count(tally, "tsan", &mut cargo, None)
+}
+
+/// The conformance programs of one process and of two under AddressSanitizer, with our libraries preloaded.
+pub fn asan(tally: &mut Tally, filter: Option<&str>, tree: &Path) -> Result<()> {
+    if filter.is_some_and(|f| !f.contains("asan")) {
+        return Ok(());
+    }
+    let mut cargo = layout::cargo();
+    cargo.args(["test", "--package", "freeflow-tests", "--test", "conformance", "--"]);
+    cargo.args(["--asan", "direct_self", "direct_processes"]).env("FF_TEST_DIST", tree);
+    count(tally, "asan", &mut cargo, None)
+}
+
 fn count(tally: &mut Tally, name: &str, cargo: &mut Command, filter: Option<&str>) -> Result<()> {
     let done = process::run(cargo, LIMIT, Echo::Shown)?;
     let (passed, failed) = outcome(&done);

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::failure::{Failure, Result};
-use crate::{dist, packages};
+use crate::{dist, packages, safety};
 
 /// What was counted so far.
 #[derive(Debug, Default)]
@@ -59,6 +59,8 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     cargo::lints(&mut tally, chosen);
     cargo::tests(&mut tally, filter, &tree)?;
     cargo::loom(&mut tally, filter)?;
+    cargo::tsan(&mut tally, filter)?;
+    cargo::asan(&mut tally, filter, &tree)?;
     for lab in labs::OWN.iter().filter(|lab| chosen(&lab.name())) {
         tally.check(&lab.name(), || lab.run());
     }
@@ -67,6 +69,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     }
     if chosen(containers::NAME) {
         tally.check(containers::NAME, containers::run);
+    }
+    for soak in safety::short().filter(|soak| chosen(soak)) {
+        tally.check(soak, || safety::run_short(soak, &tree));
     }
     if chosen(examples::HELLO) {
         tally.check(examples::HELLO, examples::hello);

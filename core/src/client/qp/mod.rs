@@ -9,7 +9,7 @@ mod route;
 mod send;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use send::SendWr;
 
@@ -24,7 +24,7 @@ use super::context::Context;
 use super::cq::Cq;
 use super::events::{AsyncEvent, AsyncKind};
 use super::lanes::{Lanes, RecvLane, SendLane};
-use super::pd::{Pd, QUIESCE};
+use super::pd::Pd;
 use super::slab::{Block, BlockKind};
 use send::SendSide;
 
@@ -56,6 +56,10 @@ pub struct Qp {
     attr: Mutex<QpAttr>,
     send: Mutex<SendSide>,
     recv: Mutex<()>,
+    /// A send failed and took the QP to ERR: the program has a completion, but no event.
+    send_failed: AtomicBool,
+    /// The peer's copy was given up on; counted in the PD.
+    late_copy: AtomicBool,
     /// The router may know more about the peer than it did.
     ask_again: AtomicBool,
     closed: AtomicBool,
@@ -140,6 +144,8 @@ impl Pd {
                 block: block.clone(),
                 attr: Mutex::default(),
                 recv: Mutex::default(),
+                send_failed: AtomicBool::new(false),
+                late_copy: AtomicBool::new(false),
                 ask_again: AtomicBool::new(true),
                 closed: AtomicBool::new(false),
             }
@@ -207,7 +213,7 @@ impl Qp {
     fn stop_receiving(&self, dest: Option<(Gid, u32)>) {
         if self.kind() != QpType::Ud {
             // A peer that does not end its copy in time gets no more of it than at deregistration.
-            self.quiesce(Instant::now() + QUIESCE);
+            self.quiesce_briefly();
             self.lanes.deserted.store(true, Ordering::Release);
         }
         self.recv_cq.completed(self.recv_bit, true);
@@ -232,13 +238,20 @@ impl Qp {
         self.context().events.push(AsyncEvent { kind: AsyncKind::CommEst, cookie: self.cookie });
     }
 
-    /// The peer's process died.
+    /// The peer's process died. A request that failed of it (the router found no memory to copy to) may have been faster
+    /// than the news.
     pub(super) fn orphan(self: &Arc<Self>) {
         self.lanes.shared[0].end_copy();
         self.lanes.deserted.store(true, Ordering::Release);
+        if self.late_copy.swap(false, Ordering::AcqRel) {
+            self.pd.late_copy_ended();
+        }
         self.forget_peer();
         self.fail(AsyncKind::QpFatal);
         self.recv_cq.ring_again();
+        if self.send_failed.swap(false, Ordering::AcqRel) && !self.closed.load(Ordering::Acquire) {
+            self.context().events.push(AsyncEvent { kind: AsyncKind::QpFatal, cookie: self.cookie });
+        }
     }
 
     /// The router says the peer can be found now.
@@ -281,6 +294,21 @@ impl Qp {
 }
 
 impl Qp {
+    /// Before the queues are of no use to peers: waits for copies that began before. Not for long: the helper may be the one
+    /// that waits, and it is to hear of a copier's death within a second.
+    fn quiesce_briefly(&self) {
+        if !self.quiesce(Instant::now() + Duration::from_millis(100)) {
+            self.expect_late_copy();
+        }
+    }
+
+    /// The peer's copy was given up on.
+    pub(super) fn expect_late_copy(&self) {
+        if !self.late_copy.swap(true, Ordering::AcqRel) {
+            self.pd.expect_late_copy();
+        }
+    }
+
     /// ibv_destroy_qp(3): when it returns, nothing of the QP's is used any more, whoever else still holds it (the
     /// helper thread does for moments).
     pub fn close(&self) {
@@ -298,7 +326,7 @@ impl Qp {
         context.qps.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.qpn());
         let _ = context.conn.ask(&DestroyQp { qpn: self.qpn() });
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
-        self.quiesce(Instant::now() + std::time::Duration::from_millis(100));
+        self.quiesce_briefly();
         // Whoever runs a request holds the lock; with it in hand none runs, and none will.
         let mut side = self.lock_send();
         self.give_up(&mut side);

@@ -119,7 +119,7 @@ impl Qp {
     fn reset(&self) {
         self.lanes.set_state(QpState::Reset);
         let _ = self.context().conn.ask(&Disconnect { qpn: self.qpn(), error: 0 });
-        self.quiesce(std::time::Instant::now() + std::time::Duration::from_millis(100));
+        self.quiesce_briefly();
         let empty = || {
             let mut side = self.lock_send();
             let _posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
@@ -130,6 +130,7 @@ impl Qp {
             self.lanes.recv.reset(shared);
             shared.peer_qpn.store(0, Ordering::Relaxed);
             self.lanes.deserted.store(false, Ordering::Relaxed);
+            self.send_failed.store(false, Ordering::Relaxed);
         };
         // Both CQs held still, in one order for everybody.
         let (a, b) = (&self.send_cq, &self.recv_cq);

@@ -355,8 +355,14 @@ impl Qp {
         let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
         if self.kind() == QpType::Ud {
             self.lanes.change_state(QpState::Sqe, |now| now == QpState::Rts);
-        } else if self.lanes.change_state(QpState::Err, lives) {
+            return;
+        }
+        // Set first: whoever hears of the peer's death from now on tells the program.
+        self.send_failed.store(true, Ordering::Release);
+        if self.lanes.change_state(QpState::Err, lives) {
             self.stop_receiving(side.route.dest);
+        } else {
+            self.send_failed.store(false, Ordering::Release); // it failed before, for a reason of its own
         }
     }
 

@@ -1,0 +1,39 @@
+//! A copier stopped at every step while the memory it writes to is deregistered.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::Result;
+use crate::launch::Group;
+use crate::path::{Host, Tree};
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Steps to stop at, for each kind of operation; 0 is every one.
+    pub samples: u32,
+    pub seed: u64,
+}
+
+/// A stop in the middle of a copy costs the second that deregistration waits for it; there are some thousand steps.
+const LIMIT: Duration = Duration::from_secs(7200);
+
+pub fn run(tree: &Tree, target: &Path, options: &Options) -> Result<()> {
+    println!("soak revoke: {} samples, --seed {}", options.samples, options.seed);
+    let host = Host::start(tree).map_err(|e| e.to_string())?;
+    let program = super::compile(target, "revoke").map_err(|e| e.to_string())?;
+    let mut group = Group::new(LIMIT);
+    let mut command = host.run_in("owner", &program);
+    group
+        .start(command.args([options.samples.to_string(), options.seed.to_string()]))
+        .map_err(|e| e.to_string())?;
+    let ended = group.finish();
+    let said: Vec<&str> = ended.lines.iter().map(|line| line.text.as_str()).collect();
+    let passed = ended.statuses.iter().all(|status| status.is_some_and(|s| s.success()));
+    match said.iter().find(|text| text.starts_with("revoked ")) {
+        Some(text) if passed => {
+            println!("  {text}");
+            Ok(())
+        }
+        _ => Err(format!("{said:?}, {:?}", ended.statuses)),
+    }
+}
