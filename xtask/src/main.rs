@@ -41,7 +41,7 @@ enum Command {
     /// Long checks: `fresh` is demo and test in a new Debian root
     Soak { name: soak::Name },
     /// Measure: results under target/bench
-    Bench { name: bench::Name },
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
         Command::Test { filter } => test::run(filter.as_deref()),
         Command::Dist { portable } => dist::run(portable),
         Command::Soak { name } => soak::run(name),
-        Command::Bench { name } => bench::run(name),
+        Command::Bench(options) => bench::run(&options),
     };
     result.unwrap_or_else(|failure| {
         eprintln!("xtask: {failure}");
