@@ -36,9 +36,13 @@ impl Queue {
     }
 
     fn send(&self, client: u32) -> bool {
+        self.send_with(client, |claim, said| claim.complete(said))
+    }
+
+    fn send_with(&self, client: u32, complete: fn(Claim<'_>, &Completion)) -> bool {
         let Some(claim) = self.rq().claim(&self.qp.head, client) else { return false };
         claim.write_inline(&[client as u8; 8]);
-        claim.complete(&Completion { byte_len: client, ..Completion::default() });
+        complete(claim, &Completion { byte_len: client, ..Completion::default() });
         true
     }
 }
@@ -129,13 +133,13 @@ fn loom_a_taken_receive_is_whole() {
 }
 
 /// The owner arms and looks again; the sender completes and looks at the arm word. Returns (seen, rung).
-fn arm_against_completion(complete: fn(&CqShared) -> bool) -> (bool, bool) {
+fn arm_against_completion(complete: fn(Claim<'_>, &Completion)) -> (bool, bool) {
     let queue = Queue::new(1);
     queue.rq().post(0, &[]);
     let other = Arc::clone(&queue);
     let sender = thread::spawn(move || {
-        assert!(other.send(1));
-        complete(&other.cq)
+        assert!(other.send_with(1, complete));
+        other.cq.completed_fenced(None, false) == Ring::Bell
     });
     queue.cq.arm(false);
     let seen = queue.rq().take(0, false, false).is_some();
@@ -145,7 +149,7 @@ fn arm_against_completion(complete: fn(&CqShared) -> bool) -> (bool, bool) {
 #[test]
 fn loom_no_wake_up_is_lost() {
     model(|| {
-        let (seen, rung) = arm_against_completion(|cq| cq.completed(None, false) == Ring::Bell);
+        let (seen, rung) = arm_against_completion(|claim, said| claim.complete(said));
         assert!(seen || rung, "the owner would sleep on a completion");
     });
 }
@@ -154,7 +158,7 @@ fn loom_no_wake_up_is_lost() {
 #[should_panic(expected = "the owner would sleep")]
 fn loom_a_wake_up_is_lost_without_the_fence() {
     model(|| {
-        let (seen, rung) = arm_against_completion(CqShared::armed_without_fence);
+        let (seen, rung) = arm_against_completion(|claim, said| claim.complete_without_fence(said));
         assert!(seen || rung, "the owner would sleep on a completion");
     });
 }
@@ -253,7 +257,7 @@ fn loom_a_mark_is_not_lost_to_a_drain() {
         let other = Arc::clone(&queue);
         let sender = thread::spawn(move || {
             assert!(other.send(1));
-            let _ = other.cq.completed(Some(70), false);
+            let _ = other.cq.completed_fenced(Some(70), false);
         });
         let mut taken = false;
         let mut look = || {

@@ -13,7 +13,7 @@
 //!
 //! Every transition out of POSTED is a compare-and-swap, so that several senders (UD), and the owner flushing, agree.
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, store_fenced};
 use crate::verbs::Sge;
 
 /// Scatter entries per slot.
@@ -136,8 +136,9 @@ impl<'a> RqShared<'a> {
             shared.len_lkey.store(u64::from(sge.length) | u64::from(sge.lkey) << 32, Ordering::Relaxed);
         }
         let state = SlotState { seq, owner: sges.len() as u32, phase: Phase::Posted };
-        // Release: partner is the acquire of claim()'s compare-and-swap, which then reads the sges.
-        slot.state.store(state.pack(), Ordering::Release);
+        // Release: partner is the acquire of claim()'s compare-and-swap, which then reads the sges. Fenced: partner is
+        // QpShared::wait_for_receive(); the owner looks for a waiting sender next.
+        store_fenced(&slot.state, state.pack());
     }
 
     /// Sender: claims the oldest waiting receive. `head` is the hint in the QP's header: several senders (UD) store it
@@ -343,10 +344,21 @@ impl<'a> Claim<'a> {
     /// Hands the filled receive to its owner.
     pub fn complete(self, completion: &Completion) {
         self.slot.set_completion(completion);
-        let done = SlotState { seq: self.seq, owner: 0, phase: Phase::Done }.pack();
         // Release: partner is the acquire load of take(). A plain store: nobody else changes a claimed slot unless this
-        // process is dead or the owner gave up on it, and then the value no longer matters.
-        self.slot.state.store(done, Ordering::Release);
+        // process is dead or the owner gave up on it, and then the value no longer matters. Fenced: partner is
+        // CqShared::arm(); the caller looks at the arm word next.
+        store_fenced(&self.slot.state, self.done());
+    }
+
+    /// What the fence in [`Claim::complete`] is for: the model checker shows that this loses wake-ups.
+    #[cfg(loom)]
+    pub fn complete_without_fence(self, completion: &Completion) {
+        self.slot.set_completion(completion);
+        self.slot.state.store(self.done(), Ordering::Release);
+    }
+
+    fn done(&self) -> u64 {
+        SlotState { seq: self.seq, owner: 0, phase: Phase::Done }.pack()
     }
 
     /// Gives the receive back untouched.

@@ -191,6 +191,11 @@ impl Qp {
         self.send.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits until no request is being run.
+    pub(super) fn settle(&self) {
+        drop(self.lock_send());
+    }
+
     /// Moves to ERR: everything queued is flushed, sleepers are woken. False: it was there, or is reset.
     pub(super) fn enter_error(self: &Arc<Self>) -> bool {
         let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
