@@ -229,7 +229,7 @@ impl Lanes {
     /// A sender died with receive `seq` in hand: the next one gets it.
     fn post_anew(&self, seq: u32) {
         let sges: ArrayVec<Sge, MAX_SGE> = self.recv.slot(seq).sges().collect();
-        self.recv.ring().post(seq, &sges);
+        self.recv.ring().post_anew(seq, &sges);
         self.shared[0].head.store(seq, Ordering::Release);
     }
 
