@@ -4,7 +4,7 @@ use arrayvec::ArrayVec;
 
 use crate::ctl::copy_kind;
 use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ring};
-use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out};
+use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out, prefetch_for_write};
 use crate::sync::{AtomicU64, Ordering, fence};
 use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, Sge, WcOpcode, WcStatus, grh, limits, wc_flags};
 
@@ -397,6 +397,8 @@ fn send<M: PeerMemory>(
     };
     QpShared::count(&peer.qp.rx_bytes, from.total);
     deliver(claim, &done, peer, env.memory);
+    // The next send will claim the next receive, whose line is in the receiver's cache.
+    peer.rq.state_word(peer.qp.head.load(Ordering::Relaxed)).inspect(|word| prefetch_for_write(*word));
     Outcome::Done { status: WcStatus::Success, byte_len: from.total as u32 }
 }
 

@@ -69,14 +69,14 @@ pub struct SharedSge {
     len_lkey: AtomicU64,
 }
 
-/// One receive, 384 bytes: the receive as posted, then a cache line that senders write. Processors fetch lines in pairs:
-/// that line's neighbour is one nobody touches.
+/// One receive, 512 bytes: the receive as posted, then a cache line that senders write. Processors fetch neighbours of a
+/// line they load: those of the line that is polled are nobody's.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct RecvSlot {
     state: AtomicU64,
     sges: [SharedSge; MAX_SGE],
-    _pad: [u64; 7],
+    _pad0: [u64; 15],
     /// [`SlotState`] of the receive that was filled last.
     done: AtomicU64,
     /// byte_len | imm << 32
@@ -84,10 +84,11 @@ pub struct RecvSlot {
     /// src_qp | status << 24 | opcode << 32 | flags << 40
     meta: AtomicU64,
     inline: [AtomicU64; INLINE_BYTES / 8],
+    _pad1: [u64; 8],
 }
 
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<RecvSlot>() == 384 && std::mem::offset_of!(RecvSlot, done) == 320);
+const _: () = assert!(size_of::<RecvSlot>() == 512 && std::mem::offset_of!(RecvSlot, done) == 384);
 
 /// What a sender says about a receive it filled. Hostile until judged: `byte_len` may be anything.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -153,6 +154,11 @@ impl<'a> RqShared<'a> {
         let Some(slot) = self.slot(seq) else { return };
         slot.done.store(0, Ordering::Relaxed);
         self.post(seq, sges);
+    }
+
+    /// The word that says who may fill receive `seq`: worth having near before it is needed.
+    pub fn state_word(&self, seq: u32) -> Option<&'a AtomicU64> {
+        self.slot(seq).map(|slot| &slot.state)
     }
 
     /// Sender: claims the oldest waiting receive. `head` is the hint in the QP's header: several senders (UD) store it
