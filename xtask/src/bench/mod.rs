@@ -55,8 +55,10 @@ fn host(options: &Options) -> Result<ExitCode> {
     let stage = side::Stage::new(&tree, probes::build()?)?;
     let only = options.only.as_deref().unwrap_or("");
     let mut results = rounds::run(&stage, only, options.rounds)?;
-    idle::run(&stage, only, &mut results)?;
-    busy::run(&stage, only, options.rounds, &mut results)?;
-    stage.end()?;
-    report::write("host", &results)
+    let rest = idle::run(&stage, only, &mut results)
+        .and_then(|()| busy::run(&stage, only, options.rounds, &mut results))
+        .and_then(|()| stage.end());
+    // What was measured is kept, whatever happened to the rest.
+    let written = report::write("host", &results);
+    rest.and(written)
 }
