@@ -154,8 +154,10 @@ fn tcp(text: &str) -> Vec<Tcp> {
         let words: Vec<&str> = line.split_whitespace().collect();
         match words.as_slice() {
             ["size", size] => all.push(Tcp { size: size.parse().unwrap_or(0), ..Tcp::default() }),
-            ["bw", "=", value, unit] => set(&mut all, |t| t.gigabytes = scaled(value, unit, 1e9)),
-            ["latency", "=", value, unit] => set(&mut all, |t| t.microseconds = scaled(value, unit, 1e-6)),
+            ["bw", "=", value, unit] => set(&mut all, |t| t.gigabytes = perftest::scaled(value, unit, 1e9)),
+            ["latency", "=", value, unit] => {
+                set(&mut all, |t| t.microseconds = perftest::scaled(value, unit, 1e-6))
+            }
             _ => {}
         }
     }
@@ -166,22 +168,6 @@ fn set(all: &mut [Tcp], change: impl FnOnce(&mut Tcp)) {
     if let Some(last) = all.last_mut() {
         change(last);
     }
-}
-
-fn scaled(value: &str, unit: &str, to: f64) -> Option<f64> {
-    let factor = match unit {
-        "bytes/sec" => 1.0,
-        "KB/sec" => 1e3,
-        "MB/sec" => 1e6,
-        "GB/sec" => 1e9,
-        "TB/sec" => 1e12,
-        "ns" => 1e-9,
-        "us" => 1e-6,
-        "ms" => 1e-3,
-        "sec" => 1.0,
-        _ => return None,
-    };
-    value.parse::<f64>().ok().map(|v| v * factor / to)
 }
 
 #[cfg(test)]

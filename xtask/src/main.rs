@@ -43,7 +43,7 @@ enum Command {
     #[command(subcommand)]
     Soak(Soak),
     /// Measure: results under target/bench
-    Bench { name: bench::Name },
+    Bench(bench::Options),
 }
 
 #[derive(Debug, Subcommand)]
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
         Command::Soak(Soak::Kill(args)) => safety::kill(&args),
         Command::Soak(Soak::Hostile(args)) => safety::hostile(&args),
         Command::Soak(Soak::Revoke(args)) => safety::revoke(&args),
-        Command::Bench { name } => bench::run(name),
+        Command::Bench(options) => bench::run(&options),
     };
     result.unwrap_or_else(|failure| {
         eprintln!("xtask: {failure}");

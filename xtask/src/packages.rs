@@ -30,6 +30,13 @@ pub const TESTS: &[Package] = &[
     ("librdmacm-dev", "rdma_cm headers, for the layout and conformance tests"),
     ("binutils", "objdump, for the exported symbols"),
 ];
+/// What the benchmarks compare with, and are built with.
+pub const BENCH: &[Package] = &[
+    ("ucx-utils", "ucx_perftest, which the direct path is compared with"),
+    ("gcc", "compiles the probes, and is the busy third program"),
+    ("libc6-dev", "headers for them"),
+    ("libibverbs-dev", "verbs headers, for the probes that use the device"),
+];
 /// What the soak in a new Debian root needs.
 pub const FRESH: &[Package] =
     &[("mmdebstrap", "makes the new Debian root"), ("git", "clones the repository")];

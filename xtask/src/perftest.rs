@@ -17,6 +17,23 @@ pub fn row(rows: &[Vec<f64>], size: u64) -> Option<&[f64]> {
     rows.iter().find(|row| row[0] == size as f64).map(Vec::as_slice)
 }
 
+/// qperf's figure in units of `to`.
+pub fn scaled(value: &str, unit: &str, to: f64) -> Option<f64> {
+    let factor = match unit {
+        "bytes/sec" => 1.0,
+        "KB/sec" => 1e3,
+        "MB/sec" => 1e6,
+        "GB/sec" => 1e9,
+        "TB/sec" => 1e12,
+        "ns" => 1e-9,
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "sec" => 1.0,
+        _ => return None,
+    };
+    value.parse::<f64>().ok().map(|v| v * factor / to)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -63,14 +63,60 @@ pub enum Echo {
 
 /// Runs `command` for at most `limit`.
 pub fn run(command: &mut Command, limit: Duration, echo: Echo) -> Result<Done> {
-    let name = command.get_program().to_string_lossy().into_owned();
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    let mut child = command.spawn().context(format_args!("cannot start {name}"))?;
-    let group = Group(Pid::from_child(&child));
-    let stdout = child.stdout.take().map(|pipe| collect(pipe, echo));
-    let stderr = child.stderr.take().map(|pipe| collect(pipe, echo));
-    let (status, timed_out) = wait(child, &group, limit)?;
-    Ok(Done { status, timed_out, stdout: text(stdout)?, stderr: text(stderr)? })
+    Running::start(command, echo)?.finish(limit)
+}
+
+/// A program that was started; dropped, it is ended.
+#[derive(Debug)]
+pub struct Running {
+    child: Option<Child>,
+    group: Group,
+    stdout: Option<JoinHandle<io::Result<String>>>,
+    stderr: Option<JoinHandle<io::Result<String>>>,
+}
+
+impl Running {
+    pub fn start(command: &mut Command, echo: Echo) -> Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        let mut child = command.spawn().context(format_args!("cannot start {name}"))?;
+        let group = Group(Pid::from_child(&child));
+        let stdout = child.stdout.take().map(|pipe| collect(pipe, echo));
+        let stderr = child.stderr.take().map(|pipe| collect(pipe, echo));
+        Ok(Self { child: Some(child), group, stdout, stderr })
+    }
+
+    /// The process group, which has the program's own number.
+    pub fn group(&self) -> i32 {
+        self.group.0.as_raw_nonzero().get()
+    }
+
+    /// Has it ended?
+    pub fn has_ended(&mut self) -> bool {
+        self.child.as_mut().is_none_or(|child| !matches!(child.try_wait(), Ok(None)))
+    }
+
+    /// Asks it to end; the caller still has to `finish`.
+    pub fn terminate(&self) {
+        self.group.signal(Signal::TERM);
+    }
+
+    /// Waits for its end for at most `limit`.
+    pub fn finish(mut self, limit: Duration) -> Result<Done> {
+        let child = self.child.take().ok_or_else(|| Failure::new("a program is waited for twice"))?;
+        let (status, timed_out) = wait(child, &self.group, limit)?;
+        Ok(Done { status, timed_out, stdout: text(self.stdout.take())?, stderr: text(self.stderr.take())? })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            self.group.signal(Signal::KILL);
+            // Killed: there is nothing to learn from it.
+            child.wait().ok();
+        }
+    }
 }
 
 /// Runs `command`, showing its output, and turns a failure into a message.
@@ -81,6 +127,7 @@ pub fn must(command: &mut Command, limit: Duration) -> Result<Done> {
     if done.success() { Ok(done) } else { Err(Failure::new(format!("{line}: {}", done.how()))) }
 }
 
+#[derive(Debug)]
 struct Group(Pid);
 
 impl Group {

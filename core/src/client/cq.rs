@@ -12,6 +12,7 @@ use crate::exec::LocalTable;
 use crate::ring::cq::DIRTY_BITS;
 use crate::ring::{CqShared, Ring};
 use crate::shm::View;
+use crate::sync::{AtomicBool, Ordering};
 use crate::verbs::Wc;
 
 use super::channel::Channel;
@@ -35,6 +36,8 @@ pub struct Cq {
     block: Block,
     cookie: u64,
     cqe: u32,
+    /// Sends mark the dirty map too.
+    mapped: AtomicBool,
     inner: Mutex<Inner>,
 }
 
@@ -89,7 +92,8 @@ impl Context {
             }
         };
         let context = Arc::clone(self);
-        let cq = Arc::new(Cq { context, id, shared, channel, block, cookie, cqe, inner: Mutex::default() });
+        let (mapped, inner) = (AtomicBool::new(false), Mutex::default());
+        let cq = Arc::new(Cq { context, id, shared, channel, block, cookie, cqe, mapped, inner });
         if let Some(channel) = &cq.channel {
             channel.attach(Arc::downgrade(&cq));
         }
@@ -125,13 +129,15 @@ impl Cq {
     fn scan(&self, inner: &mut Inner, out: &mut [Wc]) -> usize {
         let feeds = inner.feeds.len();
         let mut filled = 0;
-        for step in 0..feeds {
-            let index = (inner.start + step) % feeds;
+        let mut next = inner.start;
+        for _ in 0..feeds {
+            let index = if next < feeds { next } else { 0 };
+            next = index + 1;
             if let Some(feed) = &mut inner.feeds[index] {
                 filled += self.drain(feed, &mut out[filled..]);
             }
             if filled == out.len() {
-                inner.start = index + 1;
+                inner.start = next;
                 break;
             }
         }
@@ -204,8 +210,20 @@ impl Cq {
         }
     }
 
+    /// A send of the QP with dirty bit `bit` ended; the caller holds its queue's lock, which is all that orders this with
+    /// a change of `mapped`. Without a channel nobody sleeps: no fence, and the shared header stays untouched.
+    #[inline]
+    pub(super) fn sent(&self, bit: u32, solicited: bool) {
+        if self.channel.is_some() {
+            self.completed(bit, solicited);
+        } else if self.mapped.load(Ordering::Relaxed) {
+            self.shared[0].mark(bit);
+        }
+    }
+
     /// Attaches a QP's lanes. A QP that has this CQ for both lanes is attached once.
     pub(super) fn attach(&self, lanes: &Arc<Lanes>, pd: u32, send: bool, recv: bool) -> u32 {
+        let mut settled = Vec::new(); // dropped after the lock: the last reference to a QP detaches it
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let index = inner.feeds.iter().position(Option::is_none).unwrap_or_else(|| {
             inner.feeds.push(None);
@@ -218,6 +236,10 @@ impl Cq {
         if inner.count > SCAN_LIMIT && !inner.mapped {
             inner.mapped = true;
             self.shared[0].map();
+            self.mapped.store(true, Ordering::Relaxed);
+            // A send that ends after this marks; one that ended before is seen by whoever gets this CQ's lock next.
+            settled.extend(inner.feeds.iter().flatten().filter_map(|feed| feed.lanes.qp.upgrade()));
+            settled.iter().for_each(|qp| qp.settle());
             let Inner { feeds, ready, .. } = &mut *inner;
             for (index, feed) in feeds.iter_mut().enumerate() {
                 if let Some(feed) = feed {

@@ -9,7 +9,7 @@ use arrayvec::ArrayVec;
 
 use crate::exec::LocalTable;
 use crate::ring::{Completion, INLINE_BYTES, QpShared, RecvSlot, RqShared, Taken};
-use crate::shm::{LocalBytes, SharedBytes, View, copy_out};
+use crate::shm::{LocalBytes, SharedBytes, View, copy_out, prefetch_for_write};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::verbs::{Access, QpState, QpType, SendOp, Sge, Wc, WcOpcode, WcStatus, limits, wc_flags};
 
@@ -151,7 +151,8 @@ impl RecvLane {
     /// Owner, under the receive queue's lock: posts a receive unless the queue is full.
     pub fn post(&self, wr_id: u64, sges: &[Sge], limit: u32) -> bool {
         let seq = self.posted.load(Ordering::Relaxed);
-        if seq.wrapping_sub(self.polled.load(Ordering::Acquire)) >= limit {
+        let waiting = seq.wrapping_sub(self.polled.load(Ordering::Acquire));
+        if waiting >= limit {
             return false;
         }
         let slot = self.slot(seq);
@@ -162,8 +163,13 @@ impl RecvLane {
             words[1].store(u64::from(sge.length) | u64::from(sge.lkey) << 32, Ordering::Relaxed);
         }
         self.ring().post(seq, sges);
+        let next = seq.wrapping_add(1);
         // Release: partner is poll()'s acquire load; the private half is written.
-        self.posted.store(seq.wrapping_add(1), Ordering::Release);
+        self.posted.store(next, Ordering::Release);
+        if waiting + 1 < self.ring().depth() {
+            // The next one's slot is free, and in the cache of whoever filled it last.
+            self.ring().state_word(next).inspect(|word| prefetch_for_write(*word));
+        }
         true
     }
 
@@ -229,7 +235,7 @@ impl Lanes {
     /// A sender died with receive `seq` in hand: the next one gets it.
     fn post_anew(&self, seq: u32) {
         let sges: ArrayVec<Sge, MAX_SGE> = self.recv.slot(seq).sges().collect();
-        self.recv.ring().post(seq, &sges);
+        self.recv.ring().post_anew(seq, &sges);
         self.shared[0].head.store(seq, Ordering::Release);
     }
 

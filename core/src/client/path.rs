@@ -37,6 +37,7 @@ impl DirectPath {
     }
 
     /// Binds the path to one request.
+    #[inline]
     pub fn bind<'a>(&'a mut self, conn: &'a Conn, qpn: u32, dgid: Gid) -> (crate::exec::Peer<'a>, Bound<'a>) {
         let DirectPath { peer, recent } = self;
         let view = crate::exec::Peer {
@@ -69,6 +70,7 @@ impl Bound<'_> {
         let _ = self.conn.ask(&ring);
     }
 
+    #[inline(never)]
     fn look_up(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Option<Reach> {
         let view = entry.read(key)?;
         let holder = view.extents().iter().find(|e| e.holds(va, 1));
@@ -94,6 +96,7 @@ impl Bound<'_> {
         Reach::Here(unsafe { SharedBytes::new(va as *mut u8, len as usize) })
     }
 
+    #[inline]
     fn hit(&self, key: u32, va: u64, len: u64) -> Option<Reach> {
         let recent = self.recent.as_ref().filter(|r| r.key == key && r.from <= va && va < r.to)?;
         let len = len.min(recent.to - va) as usize;
@@ -105,6 +108,7 @@ impl Bound<'_> {
 }
 
 impl PeerMemory for Bound<'_> {
+    #[inline]
     fn reach(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Reach {
         if let Some(here) = self.hit(key, va, len) {
             return here;

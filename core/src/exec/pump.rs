@@ -39,7 +39,28 @@ pub struct Unreachable;
 
 /// Moves bytes `[from, from+budget)` of the concatenated lists; both hold at least that many unless the local one ends.
 /// Returns how many were moved.
+#[inline]
 pub fn pump<M: PeerMemory>(
+    memory: &mut M,
+    direction: Direction,
+    local: &[Local],
+    remote: &[Remote<'_>],
+    from: u64,
+    budget: u64,
+) -> Result<u64, Unreachable> {
+    if let ([local], [remote]) = (local, remote) {
+        // One segment on each side, as most have.
+        let end = local.len.min(remote.len).min(from.saturating_add(budget));
+        let mut at = from;
+        while at < end {
+            at += move_one(memory, direction, local.va + at, remote, at, end - at)?;
+        }
+        return Ok(at - from);
+    }
+    pump_lists(memory, direction, local, remote, from, budget)
+}
+
+fn pump_lists<M: PeerMemory>(
     memory: &mut M,
     direction: Direction,
     local: &[Local],
@@ -61,6 +82,7 @@ pub fn pump<M: PeerMemory>(
     Ok(moved)
 }
 
+#[inline]
 fn move_one<M: PeerMemory>(
     memory: &mut M,
     direction: Direction,

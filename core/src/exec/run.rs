@@ -4,7 +4,7 @@ use arrayvec::ArrayVec;
 
 use crate::ctl::copy_kind;
 use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ring};
-use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out};
+use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out, prefetch_for_write};
 use crate::sync::{AtomicU64, Ordering, fence};
 use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, Sge, WcOpcode, WcStatus, grh, limits, wc_flags};
 
@@ -51,6 +51,7 @@ const FROM_PEER: Direction = Direction { to_peer: false, far_kind: copy_kind::RE
 const TO_RECEIVE: Direction = Direction { to_peer: true, far_kind: copy_kind::RECV };
 
 /// Takes `request` as far as it gets; `progress` carries what earlier calls did.
+#[inline]
 pub fn execute<M: PeerMemory>(
     request: &Request<'_>,
     progress: &mut Progress,
@@ -83,6 +84,7 @@ pub fn execute<M: PeerMemory>(
 }
 
 /// Does the peer serve requests of `qpn`?
+#[inline]
 fn serves(peer: &Peer<'_>, qpn: u32) -> bool {
     let state = QpState::try_from(peer.qp.state.load(Ordering::Acquire));
     state.is_ok_and(QpState::receives)
@@ -91,6 +93,7 @@ fn serves(peer: &Peer<'_>, qpn: u32) -> bool {
 }
 
 /// Gives a half-filled receive back when its request ends early.
+#[cold]
 pub fn abandon<M: PeerMemory>(
     progress: &mut Progress,
     peer: &Peer<'_>,
@@ -125,6 +128,7 @@ struct Gathered {
 }
 
 impl Gathered {
+    #[inline]
     fn gather(&mut self, request: &Request<'_>, table: &LocalTable<'_>) -> Result<(), WcStatus> {
         let need = if request.op.writes_locally() { Access::LOCAL_WRITE } else { Access::empty() };
         let inline = request.flags.contains(SendFlags::INLINE);
@@ -140,6 +144,7 @@ impl Gathered {
         if self.total > limit { Err(WcStatus::LocLenErr) } else { Ok(()) }
     }
 
+    #[inline]
     fn push(&mut self, va: u64, len: u64) {
         // The queue's max_send_sge keeps the list within MAX_LOCAL.
         if len > 0 && self.list.try_push(Local { va, len }).is_ok() {
@@ -165,12 +170,14 @@ impl Gathered {
 }
 
 /// A violation of the peer's rules: both QPs go to error.
+#[cold]
 fn violation<M: PeerMemory>(env: &mut Env<'_, M>, status: WcStatus) -> Outcome {
     env.memory.fault();
     Outcome::failed(status)
 }
 
 /// The peer's memory behind an rkey, if QP and MR both allow `need`.
+#[inline]
 fn target<'a>(peer: &Peer<'a>, rkey: u32, need: Access, iova: u64, len: u64) -> Result<Remote<'a>, WcStatus> {
     let served = Access::from_bits_truncate(peer.qp.access.load(Ordering::Relaxed));
     if !served.contains(need) {
@@ -180,6 +187,7 @@ fn target<'a>(peer: &Peer<'a>, rkey: u32, need: Access, iova: u64, len: u64) -> 
     Ok(Remote { entry, key: rkey, iova, va, len })
 }
 
+#[inline]
 fn write<M: PeerMemory>(
     request: &Request<'_>,
     addr: u64,
@@ -230,6 +238,7 @@ fn write<M: PeerMemory>(
 }
 
 /// After a pump: all moved (with the claim to complete), more to do, or the key is gone.
+#[inline]
 fn finish<'a, M: PeerMemory>(
     moved: Result<u64, Unreachable>,
     total: u64,
@@ -388,6 +397,8 @@ fn send<M: PeerMemory>(
     };
     QpShared::count(&peer.qp.rx_bytes, from.total);
     deliver(claim, &done, peer, env.memory);
+    // The next send will claim the next receive, whose line is in the receiver's cache.
+    peer.rq.state_word(peer.qp.head.load(Ordering::Relaxed)).inspect(|word| prefetch_for_write(*word));
     Outcome::Done { status: WcStatus::Success, byte_len: from.total as u32 }
 }
 
@@ -422,7 +433,7 @@ fn scatter<'a>(
 fn deliver<M: PeerMemory>(claim: Claim<'_>, done: &Completion, peer: &Peer<'_>, memory: &mut M) {
     let solicited = done.flags & Completion::SOLICITED != 0 || done.status != WcStatus::Success as u8;
     claim.complete(done);
-    if peer.cq.completed(Some(peer.cq_bit), solicited) == Ring::Bell {
+    if peer.cq.completed_fenced(Some(peer.cq_bit), solicited) == Ring::Bell {
         memory.bell();
     }
 }

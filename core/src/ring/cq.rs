@@ -53,6 +53,12 @@ impl CqShared {
     pub fn completed(&self, bit: Option<u32>, solicited: bool) -> Ring {
         // Partner: the fences in arm() and map().
         fence(Ordering::SeqCst);
+        self.completed_fenced(bit, solicited)
+    }
+
+    /// The same right after [`super::Claim::complete`], whose store has the fence behind it.
+    #[inline]
+    pub fn completed_fenced(&self, bit: Option<u32>, solicited: bool) -> Ring {
         let flags = self.flags.load(Ordering::Relaxed);
         if flags & (MAPPED | ARMED | ARMED_SOLICITED) == 0 {
             return Ring::No;
@@ -109,7 +115,8 @@ impl CqShared {
         fence(Ordering::SeqCst);
     }
 
-    fn mark(&self, bit: u32) {
+    /// Completer: queue `bit` has something. Needs no fence: whoever takes the mark sees the completion.
+    pub fn mark(&self, bit: u32) {
         let bit = bit % DIRTY_BITS;
         // Release: partner is drain_dirty()'s acquire swap. Word before summary: a drained summary bit has its word.
         let word = &self.words[bit as usize / 64];

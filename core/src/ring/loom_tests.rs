@@ -171,7 +171,7 @@ fn no_wake_up_is_lost() {
     let other = Arc::clone(&queue);
     let sender = thread::spawn(move || {
         assert!(other.send(1));
-        other.cq.completed(None, false) == Ring::Bell
+        other.cq.completed_fenced(None, false) == Ring::Bell
     });
     queue.cq.arm(false);
     let seen = queue.rq().take(0, false, false).is_some();
@@ -284,7 +284,7 @@ fn a_mark_is_not_lost_to_a_drain() {
     let other = Arc::clone(&queue);
     let sender = thread::spawn(move || {
         assert!(other.send(1));
-        let _ = other.cq.completed(Some(70), false);
+        let _ = other.cq.completed_fenced(Some(70), false);
     });
     let mut taken = false;
     let mut look = || {

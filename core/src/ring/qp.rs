@@ -1,6 +1,6 @@
 //! A QP's shared header: what its peer needs to know, and the few words its peer writes.
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence, store_fenced};
 
 /// Shared header of a queue pair, one cache line per writer and rhythm.
 #[derive(Debug, Default)]
@@ -62,22 +62,20 @@ impl QpShared {
     /// nobody would tell.
     pub fn wait_for_receive(&self) {
         self.rnr_waiting.store(1, Ordering::Relaxed);
-        // Partner: the fence in receive_posted(). Either the re-check sees the receive or the owner sees the flag.
+        // Partner: the fence in RqShared::post(). Either the re-check sees the receive or the owner sees the flag.
         fence(Ordering::SeqCst);
     }
 
-    /// Owner, after posting a receive: must the waiting sender be told?
+    /// Owner, after posting a receive: must the waiting sender be told? The fence is the one behind RqShared::post's store.
     pub fn receive_posted(&self) -> bool {
-        fence(Ordering::SeqCst);
         self.rnr_waiting.load(Ordering::Relaxed) != 0 && self.rnr_waiting.swap(0, Ordering::AcqRel) != 0
     }
 
     /// Peer: announces a copy; the key check comes after.
     pub fn enter(&self) -> InFlight<'_> {
         let word = self.in_flight.load(Ordering::Relaxed) | 1;
-        self.in_flight.store(word, Ordering::Relaxed);
         // Partner: the fence in quiesced(). Either the owner sees the copy or the copier sees the dead key.
-        fence(Ordering::SeqCst);
+        store_fenced(&self.in_flight, word);
         InFlight { word: &self.in_flight, value: word }
     }
 

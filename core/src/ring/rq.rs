@@ -1,6 +1,6 @@
 //! Receive slots.
 //!
-//! A slot's `state` word says whose turn it is: `seq << 32 | owner << 8 | phase`. Sequence numbers count posted
+//! A slot's `state` word says who may fill it: `seq << 32 | owner << 8 | phase`. Sequence numbers count posted
 //! receives (modulo 2^32); slot `seq % depth` holds receive `seq`. One phase has one writer:
 //!
 //! | phase   | written by            | meaning                                             |
@@ -8,12 +8,14 @@
 //! | FREE    | owner                 | nothing posted                                      |
 //! | POSTED  | owner                 | a receive waits; `owner` field = number of sges     |
 //! | CLAIMED | the sender that won   | being filled; `owner` field = the sender's client id|
-//! | DONE    | that sender           | completion fields are valid                         |
 //! | FLUSHED | owner                 | taken back unused                                   |
 //!
 //! Every transition out of POSTED is a compare-and-swap, so that several senders (UD), and the owner flushing, agree.
+//!
+//! The sender says that it is done in a word of its own, `done`, with the same sequence number: the owner polls that
+//! word's cache line, which so changes hands once a message, and neither claiming nor posting touches it.
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, store_fenced};
 use crate::verbs::Sge;
 
 /// Scatter entries per slot.
@@ -28,6 +30,7 @@ pub enum Phase {
     Free = 0,
     Posted = 1,
     Claimed = 2,
+    /// Of `done` only.
     Done = 3,
     Flushed = 4,
 }
@@ -66,21 +69,26 @@ pub struct SharedSge {
     len_lkey: AtomicU64,
 }
 
-/// One receive, 320 bytes. The first cache line is all that changes hands on a small message.
+/// One receive, 512 bytes: the receive as posted, then a cache line that senders write. Processors fetch neighbours of a
+/// line they load: those of the line that is polled are nobody's.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct RecvSlot {
     state: AtomicU64,
+    sges: [SharedSge; MAX_SGE],
+    _pad0: [u64; 15],
+    /// [`SlotState`] of the receive that was filled last.
+    done: AtomicU64,
     /// byte_len | imm << 32
     len_imm: AtomicU64,
     /// src_qp | status << 24 | opcode << 32 | flags << 40
     meta: AtomicU64,
     inline: [AtomicU64; INLINE_BYTES / 8],
-    sges: [SharedSge; MAX_SGE],
+    _pad1: [u64; 8],
 }
 
 #[cfg(not(loom))]
-const _: () = assert!(size_of::<RecvSlot>() == 320);
+const _: () = assert!(size_of::<RecvSlot>() == 512 && std::mem::offset_of!(RecvSlot, done) == 384);
 
 /// What a sender says about a receive it filled. Hostile until judged: `byte_len` may be anything.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -136,8 +144,21 @@ impl<'a> RqShared<'a> {
             shared.len_lkey.store(u64::from(sge.length) | u64::from(sge.lkey) << 32, Ordering::Relaxed);
         }
         let state = SlotState { seq, owner: sges.len() as u32, phase: Phase::Posted };
-        // Release: partner is the acquire of claim()'s compare-and-swap, which then reads the sges.
-        slot.state.store(state.pack(), Ordering::Release);
+        // Release: partner is the acquire of claim()'s compare-and-swap, which then reads the sges. Fenced: partner is
+        // QpShared::wait_for_receive(); the owner looks for a waiting sender next.
+        store_fenced(&slot.state, state.pack());
+    }
+
+    /// Owner: posts receive `seq` again, which was said to be done but is [`Completion::LOST`].
+    pub fn post_anew(&self, seq: u32, sges: &[Sge]) {
+        let Some(slot) = self.slot(seq) else { return };
+        slot.done.store(0, Ordering::Relaxed);
+        self.post(seq, sges);
+    }
+
+    /// The word that says who may fill receive `seq`: worth having near before it is needed.
+    pub fn state_word(&self, seq: u32) -> Option<&'a AtomicU64> {
+        self.slot(seq).map(|slot| &slot.state)
     }
 
     /// Sender: claims the oldest waiting receive. `head` is the hint in the QP's header: several senders (UD) store it
@@ -193,7 +214,7 @@ impl<'a> RqShared<'a> {
         let state = |seq| self.slot(seq).map(|slot| SlotState::unpack(slot.state.load(Ordering::Relaxed)));
         let waits = state(seq).is_some_and(|slot| slot.phase == Phase::Posted);
         let next = seq.wrapping_add(1);
-        let passed = |slot: SlotState| slot.seq == next && matches!(slot.phase, Phase::Claimed | Phase::Done);
+        let passed = |slot: SlotState| slot.seq == next && slot.phase == Phase::Claimed;
         if waits && state(next).is_some_and(passed) {
             head.store(seq, Ordering::Relaxed);
         }
@@ -203,16 +224,16 @@ impl<'a> RqShared<'a> {
     /// `deserted` (nobody fills any more) one that a sender had claimed as well.
     pub fn take(&self, seq: u32, flush: bool, deserted: bool) -> Option<Taken<'a>> {
         let slot = self.slot(seq)?;
-        // Acquire: partner is the release store of Claim::complete.
+        // Partner is the release store of Claim::complete.
+        if slot.is_done(seq) {
+            return Some(Taken::Done(slot.completion(), SlotPayload(slot)));
+        }
+        if !flush {
+            return None;
+        }
         let word = slot.state.load(Ordering::Acquire);
-        let state = SlotState::unpack(word);
-        let flushable = match state.phase {
-            Phase::Done => return Some(Taken::Done(slot.completion(), SlotPayload(slot))),
-            Phase::Posted => flush,
-            Phase::Claimed => flush && deserted,
-            Phase::Free | Phase::Flushed => flush, // only scribbling gets here: the receive is lost, not the queue
-        };
-        if !flushable {
+        // Anything but POSTED and CLAIMED is scribbling: the receive is lost, not the queue.
+        if SlotState::unpack(word).phase == Phase::Claimed && !deserted {
             return None;
         }
         let flushed = SlotState { seq, owner: 0, phase: Phase::Flushed }.pack();
@@ -223,13 +244,17 @@ impl<'a> RqShared<'a> {
     /// Owner: frees the slot of a receive it has taken, so that a reset queue starts clean.
     pub fn clear(&self) {
         for slot in self.slots {
+            slot.done.store(0, Ordering::Relaxed);
             slot.state.store(0, Ordering::Release);
         }
     }
 
     /// Owner: is any receive being filled at this moment? Deregistration waits for them.
     pub fn any_claimed(&self) -> bool {
-        self.slots.iter().any(|s| SlotState::unpack(s.state.load(Ordering::SeqCst)).phase == Phase::Claimed)
+        self.slots.iter().any(|slot| {
+            let state = SlotState::unpack(slot.state.load(Ordering::SeqCst));
+            state.phase == Phase::Claimed && !slot.is_done(state.seq)
+        })
     }
 
     /// Router: marks what a dead client had claimed as [`Completion::LOST`], for the owner to post anew: only it knows the
@@ -237,23 +262,29 @@ impl<'a> RqShared<'a> {
     pub fn repair(&self, client: u32) -> usize {
         let mut repaired = 0;
         for slot in self.slots {
-            let word = slot.state.load(Ordering::Relaxed);
-            let state = SlotState::unpack(word);
-            if state.phase != Phase::Claimed || state.owner != client {
+            let state = SlotState::unpack(slot.state.load(Ordering::Relaxed));
+            if state.phase != Phase::Claimed || state.owner != client || slot.is_done(state.seq) {
                 continue;
             }
-            let lost = Completion { flags: Completion::LOST, ..Completion::default() };
-            slot.set_completion(&lost);
-            let done = SlotState { phase: Phase::Done, ..state }.pack();
-            if slot.state.compare_exchange(word, done, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-                repaired += 1;
-            }
+            slot.set_completion(&Completion { flags: Completion::LOST, ..Completion::default() });
+            slot.done.store(done(state.seq), Ordering::Release);
+            repaired += 1;
         }
         repaired
     }
 }
 
+/// What `done` says once receive `seq` is filled.
+fn done(seq: u32) -> u64 {
+    SlotState { seq, owner: 0, phase: Phase::Done }.pack()
+}
+
 impl RecvSlot {
+    /// Acquire: what was written to the receive's buffers came before.
+    fn is_done(&self, seq: u32) -> bool {
+        self.done.load(Ordering::Acquire) == done(seq)
+    }
+
     fn completion(&self) -> Completion {
         let len_imm = self.len_imm.load(Ordering::Relaxed);
         let meta = self.meta.load(Ordering::Relaxed);
@@ -343,10 +374,10 @@ impl<'a> Claim<'a> {
     /// Hands the filled receive to its owner.
     pub fn complete(self, completion: &Completion) {
         self.slot.set_completion(completion);
-        let done = SlotState { seq: self.seq, owner: 0, phase: Phase::Done }.pack();
-        // Release: partner is the acquire load of take(). A plain store: nobody else changes a claimed slot unless this
-        // process is dead or the owner gave up on it, and then the value no longer matters.
-        self.slot.state.store(done, Ordering::Release);
+        // Release: partner is the acquire load of take(). A plain store: nobody else writes here unless this process is
+        // dead or the owner gave up on it, and then the value no longer matters. Fenced: partner is CqShared::arm(); the
+        // caller looks at the arm word next.
+        store_fenced(&self.slot.done, done(self.seq));
     }
 
     /// Gives the receive back untouched.
@@ -366,7 +397,8 @@ impl<'a> Claim<'a> {
     pub fn resume(rq: RqShared<'a>, suspended: (u32, u32), client: u32) -> Option<Self> {
         let (seq, sges) = suspended;
         let claim = Claim { slot: rq.slot(seq)?, seq, client, sges };
-        (claim.slot.state.load(Ordering::Relaxed) == claim.claimed()).then_some(claim)
+        let mine = claim.slot.state.load(Ordering::Relaxed) == claim.claimed() && !claim.slot.is_done(seq);
+        mine.then_some(claim)
     }
 }
 

@@ -53,6 +53,18 @@ pub fn atomic_word(bytes: &SharedBytes) -> Option<&AtomicU64> {
     Some(unsafe { AtomicU64::from_ptr(bytes.ptr.cast::<u64>()) })
 }
 
+/// Has the cache line of `place` fetched in the meantime: this processor will write it soon.
+#[inline]
+pub fn prefetch_for_write<T>(place: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint to the processor, which touches nothing and cannot fault.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) place, options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
 /// Copies local bytes into shared pages, last bytes last.
 ///
 /// # Safety

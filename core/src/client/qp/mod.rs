@@ -83,12 +83,20 @@ fn check_caps(init: &QpInit, context: &Context) -> Result<()> {
     }
 }
 
+/// How many slots a receive queue gets: twice what the program asked for if that costs little, so that a receive is posted
+/// into a slot whose cache line can be fetched before it is needed, and not into the one its sender has just let go.
+fn receive_slots(max_recv_wr: u32, limit: u32) -> u32 {
+    const CHEAP: u32 = 512 * 1024 / size_of::<RecvSlot>() as u32;
+    let least = if max_recv_wr == 0 { 0 } else { max_recv_wr.next_power_of_two() };
+    if least * 2 <= CHEAP.min(limit.next_power_of_two()) { least * 2 } else { least }
+}
+
 impl Pd {
     /// ibv_create_qp(3).
     pub fn create_qp(self: &Arc<Self>, init: QpInit) -> Result<Arc<Qp>> {
         let context = &self.context;
         check_caps(&init, context)?;
-        let depth = if init.caps.max_recv_wr == 0 { 0 } else { init.caps.max_recv_wr.next_power_of_two() };
+        let depth = receive_slots(init.caps.max_recv_wr, context.limits().max_qp_wr);
         let header = size_of::<QpShared>() as u64;
         let len = header + u64::from(depth) * size_of::<RecvSlot>() as u64;
         let block = context.slabs.allocate(&context.conn, BlockKind::Qp, len)?;
@@ -195,6 +203,11 @@ impl Qp {
 
     fn lock_send(&self) -> MutexGuard<'_, SendSide> {
         self.send.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no request is being run.
+    pub(super) fn settle(&self) {
+        drop(self.lock_send());
     }
 
     /// Moves to ERR: everything queued is flushed, sleepers are woken. False: it was there, or is reset.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::exec::{Env, LocalTable, Outcome, Progress, Request, Target, abandon, execute};
+use crate::exec::{Env, LocalTable, Outcome, Progress, Request, Target, UdDest, abandon, execute};
 use crate::ring::{QpShared, RqShared};
 use crate::shm::{LocalBytes, SharedBytes, copy_in};
 use crate::sync::Ordering;
@@ -107,7 +107,14 @@ impl Qp {
     /// ibv_post_send(3), one request.
     pub fn post_send(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
         self.check_wr(wr)?;
-        let wr = &SendWr { target: self.own_qkey(wr.target), ..*wr };
+        let own;
+        let wr = match wr.target {
+            Target::Datagram(dest) => {
+                own = SendWr { target: self.own_qkey(dest), ..*wr };
+                &own
+            }
+            _ => wr,
+        };
         let mut side = self.lock_send();
         // Asked under the lock: a request behind one that failed is flushed, whichever thread posts it.
         let state = self.state();
@@ -134,16 +141,13 @@ impl Qp {
     }
 
     /// A Q_Key with the high bit set stands for the QP's own (IB spec vol. 1, 10.2.5).
-    fn own_qkey(&self, target: Target) -> Target {
-        match target {
-            Target::Datagram(dest) if dest.qkey & 1 << 31 != 0 => {
-                let qkey = self.lanes.shared[0].qkey.load(Ordering::Relaxed);
-                Target::Datagram(crate::exec::UdDest { qkey, ..dest })
-            }
-            other => other,
-        }
+    fn own_qkey(&self, dest: UdDest) -> Target {
+        let own = dest.qkey & 1 << 31 != 0;
+        let qkey = if own { self.lanes.shared[0].qkey.load(Ordering::Relaxed) } else { dest.qkey };
+        Target::Datagram(UdDest { qkey, ..dest })
     }
 
+    #[inline]
     fn check_wr(&self, wr: &SendWr<'_>) -> Result<(), Errno> {
         let datagram = matches!(wr.target, Target::Datagram(_));
         let op_fits = match self.kind() {
@@ -180,6 +184,7 @@ impl Qp {
     }
 
     /// Runs one request as far as it gets.
+    #[inline]
     fn run(&self, route: &mut Route, progress: &mut Progress, request: &Request<'_>) -> Outcome {
         let context = self.context();
         if !route.knows(&request.target) {
@@ -201,15 +206,18 @@ impl Qp {
                     &mut Env { local, peer, memory: &mut memory, qpn, client, gid, budget: BUDGET },
                 )
             }
-            None => {
-                let mut nowhere = Nowhere;
-                execute(
-                    request,
-                    progress,
-                    &mut Env { local, peer: None, memory: &mut nowhere, qpn, client, gid, budget: 0 },
-                )
-            }
+            None => self.run_nowhere(request, progress),
         }
+    }
+
+    /// The same while the peer is not there.
+    #[cold]
+    fn run_nowhere(&self, request: &Request<'_>, progress: &mut Progress) -> Outcome {
+        let context = self.context();
+        let local = LocalTable::new(&context.mrs, self.pd.id);
+        let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
+        let env = &mut Env { local, peer: None, memory: &mut Nowhere, qpn, client, gid, budget: 0 };
+        execute(request, progress, env)
     }
 
     /// Moves the queue on. Returns what its head waits for.
@@ -322,6 +330,7 @@ impl Qp {
     }
 
     /// The head of the queue ended.
+    #[inline]
     fn finish(
         &self,
         side: &mut SendSide,
@@ -346,11 +355,12 @@ impl Qp {
             self.send_failed(side);
         }
         if wanted {
-            self.send_cq.completed(self.send_bit, !ok);
+            self.send_cq.sent(self.send_bit, !ok);
         }
     }
 
     /// A send ended in error: a connected QP goes to ERR, a datagram QP's send queue to SQE.
+    #[cold]
     fn send_failed(&self, side: &SendSide) {
         let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
         if self.kind() == QpType::Ud {
@@ -367,6 +377,7 @@ impl Qp {
     }
 
     /// Releases the lock, then puts a queue that has come to wait on the list.
+    #[inline]
     fn unlock_and_list(self: &Arc<Self>, mut side: std::sync::MutexGuard<'_, SendSide>) {
         let list = side.stall != Stall::None && !std::mem::replace(&mut side.listed, true);
         drop(side);

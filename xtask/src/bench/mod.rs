@@ -1,0 +1,64 @@
+//! `cargo xtask bench`: measurements beside the same run's peers. Results go to target/bench.
+//!
+//! `host` is the direct path: [`cases`] says what is measured and against what, [`side`] runs one figure, [`rounds`]
+//! interleaves them, [`report`] writes the tables. Nothing here passes or fails by time: a bar that is missed is said.
+
+mod busy;
+mod cases;
+mod figures;
+mod idle;
+mod probes;
+mod report;
+mod rounds;
+mod side;
+
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+
+use crate::failure::{Failure, Result};
+use crate::{dist, packages};
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Name {
+    Host,
+    Hosts,
+    Nccl,
+    Ucx,
+}
+
+#[derive(Debug, Args)]
+pub struct Options {
+    name: Name,
+    /// Measure only groups and cases whose name contains this
+    #[arg(long, value_name = "CASE")]
+    only: Option<String>,
+    /// Rounds to keep; medians are over these
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    rounds: usize,
+}
+
+pub fn run(options: &Options) -> Result<ExitCode> {
+    match options.name {
+        Name::Host => host(options),
+        name => {
+            let value = name.to_possible_value();
+            let name = value.as_ref().map_or("", |v| v.get_name());
+            Err(Failure::new(format!("bench {name} is not there yet; bench host is")))
+        }
+    }
+}
+
+fn host(options: &Options) -> Result<ExitCode> {
+    packages::ensure(&[packages::CLIENTS, packages::BENCH])?;
+    let tree = dist::build()?;
+    let stage = side::Stage::new(&tree, probes::build()?)?;
+    let only = options.only.as_deref().unwrap_or("");
+    let mut results = rounds::run(&stage, only, options.rounds)?;
+    let rest = idle::run(&stage, only, &mut results)
+        .and_then(|()| busy::run(&stage, only, options.rounds, &mut results))
+        .and_then(|()| stage.end());
+    // What was measured is kept, whatever happened to the rest.
+    let written = report::write("host", &results);
+    rest.and(written)
+}
