@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::path::{Path as FsPath, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use std::{env, fs, process};
 
@@ -166,7 +167,9 @@ impl Host {
 
     /// The same with a configuration (TOML) of its own.
     pub fn configured(tree: &Tree, config: &str) -> io::Result<Self> {
-        let dir = env::temp_dir().join(format!("freeflow-conformance-{}", process::id()));
+        static STARTED: AtomicUsize = AtomicUsize::new(0);
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let dir = env::temp_dir().join(format!("freeflow-conformance-{}-{number}", process::id()));
         fs::create_dir(&dir)?;
         fs::write(dir.join("router.toml"), config)?;
         let log = fs::File::create(dir.join("router.log"))?;
@@ -205,7 +208,8 @@ impl Host {
         command
     }
 
-    fn run(&self, program: &FsPath) -> Command {
+    /// A command that runs a program with this router; its arguments may follow.
+    pub fn run(&self, program: &FsPath) -> Command {
         let mut command = Command::new(self.tree.freeflow());
         command.arg("run").arg("--router").arg(self.socket()).arg("--").arg(program);
         command

@@ -37,6 +37,13 @@ pub const BENCH: &[Package] = &[
     ("libc6-dev", "headers for them"),
     ("libibverbs-dev", "verbs headers, for the probes that use the device"),
 ];
+/// Allocators and runtimes whose programs register memory.
+pub const RUNTIMES: &[Package] = &[
+    ("libjemalloc2", "a malloc that is not glibc's"),
+    ("python3", "runs the Python program of the tests"),
+    ("golang-go", "builds the Go program of the tests"),
+    ("openjdk-17-jdk-headless", "compiles and runs the Java program of the tests"),
+];
 /// What the soak in a new Debian root needs.
 pub const FRESH: &[Package] =
     &[("mmdebstrap", "makes the new Debian root"), ("git", "clones the repository")];

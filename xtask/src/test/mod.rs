@@ -52,7 +52,7 @@ fn mark(good: bool) -> &'static str {
 
 pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     let start = Instant::now();
-    packages::ensure(&[packages::LAB, packages::CLIENTS, packages::TESTS])?;
+    packages::ensure(&[packages::LAB, packages::CLIENTS, packages::TESTS, packages::RUNTIMES])?;
     let tree = dist::build()?;
     let chosen = |name: &str| filter.is_none_or(|f| name.contains(f));
     let mut tally = Tally::default();
