@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path as FsPath, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -93,13 +94,44 @@ impl Path for Containers<'_> {
 
     fn run(&self, program: &FsPath, args: &[String]) -> io::Result<Ended> {
         let quoted: String = args.iter().map(|arg| format!(" '{arg}'")).collect();
-        let side =
-            |name: &str, role: &str| format!("{name}='{}' {role} --dev ff0{quoted}", program.display());
+        let staged = Staged::new(program)?;
+        let side = |name: &str, role: &str| {
+            format!("{name}='{}' {role} --dev ff0{quoted}", staged.program.display())
+        };
         let mut group = Group::new(LIMIT);
         let mut lab = Command::new(self.tree.freeflow());
         lab.args(["lab", "--run", &side("c1", "--server 7471"), "--run", &side("c2", "--client @c1:7471")]);
         group.start(&mut lab)?;
         Ok(group.finish())
+    }
+}
+
+/// A copy of a program where every user may go: a lab's users have no way into a private home directory.
+struct Staged {
+    dir: PathBuf,
+    program: PathBuf,
+}
+
+impl Staged {
+    fn new(program: &FsPath) -> io::Result<Self> {
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        // Not /tmp: a lab has its own.
+        let dir = PathBuf::from(format!("/var/tmp/freeflow-conformance-{}-{number}", process::id()));
+        fs::create_dir(&dir)?;
+        let staged = Self { program: dir.join(program.file_name().unwrap_or_default()), dir };
+        fs::set_permissions(&staged.dir, fs::Permissions::from_mode(0o755))?;
+        fs::copy(program, &staged.program)?;
+        fs::set_permissions(&staged.program, fs::Permissions::from_mode(0o755))?;
+        Ok(staged)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.dir) {
+            eprintln!("cannot remove {}: {error}", self.dir.display());
+        }
     }
 }
 
