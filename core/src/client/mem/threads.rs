@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::ptr;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -36,20 +37,32 @@ fn tids() -> Result<Vec<i32>, MemError> {
     Ok(dir.flatten().filter_map(|t| t.file_name().to_str()?.parse().ok()).collect())
 }
 
-/// Threads found to let SIGSEGV through. Looking costs an open file each, and masks are set once, early.
-static TRUSTED: Mutex<Vec<i32>> = Mutex::new(Vec::new());
-/// A thread being created blocks everything for a moment: it is looked at so many times before that counts.
-const PATIENCE: u32 = 1000;
+/// What is known of threads. Looking costs an open file each, and masks are set once, early.
+struct Known {
+    /// Found to let SIGSEGV through.
+    trusted: Vec<i32>,
+    /// Found to block it for good: waited for once, since then only looked at.
+    stubborn: Vec<i32>,
+}
+
+static KNOWN: Mutex<Known> = Mutex::new(Known { trusted: Vec::new(), stubborn: Vec::new() });
+/// A thread that is being created, or leaves our handler, blocks everything for a moment. On a busy machine it may have to wait for
+/// its turn to go on, so long at most.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The first thread that blocks SIGSEGV. Called with the mover's lock held, nothing frozen.
 fn blocked_one(tids: &[i32]) -> Option<i32> {
-    let mut trusted = TRUSTED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Known { trusted, stubborn } = &mut *KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     trusted.retain(|t| tids.contains(t));
+    stubborn.retain(|t| tids.contains(t));
     for tid in tids.iter().filter(|t| !trusted.contains(t)).copied().collect::<Vec<_>>() {
-        let mut looks = 0;
+        let patience = if stubborn.contains(&tid) { Duration::ZERO } else { PATIENCE };
+        let deadline = Instant::now() + patience;
         while blocks_faults(tid) {
-            looks += 1;
-            if looks == PATIENCE {
+            if Instant::now() >= deadline {
+                if !patience.is_zero() {
+                    stubborn.push(tid);
+                }
                 return Some(tid);
             }
             std::thread::yield_now();
