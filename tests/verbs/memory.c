@@ -454,8 +454,8 @@ static void ordinary_after_deregistration(void)
 	uint8_t *map = anonymous(len);
 	struct ibv_mr *mr = p.b ? MADE(ibv_reg_mr(p.b->pd, map + 64, len - 128, ALL_ACCESS)) : NULL;
 
-	aim(&p, map + 64, mr);
 	fill(map, len, 1);
+	aim(&p, map + 64, mr); /* from here on A may write */
 	write_stream(&p, 0, 4096, 2);
 	if (p.b) {
 		SAME(map + 64, 4096, 2);
