@@ -20,6 +20,7 @@ mod peers;
 mod qp;
 mod slab;
 mod stall;
+mod window;
 
 pub use ah::Ah;
 pub use channel::Channel;
@@ -29,3 +30,4 @@ pub use cq::Cq;
 pub use events::{AsyncEvent, AsyncKind};
 pub use pd::{Mr, Pd};
 pub use qp::{Qp, QpInit, SendWr};
+pub use window::Window;

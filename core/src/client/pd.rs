@@ -31,6 +31,8 @@ pub struct Pd {
 pub struct Mr {
     pd: Arc<Pd>,
     key: u32,
+    addr: u64,
+    len: u64,
     /// Gives the pages back when dropped, after the key is dead. None only then.
     registration: Option<Registration>,
 }
@@ -104,13 +106,30 @@ impl Pd {
                 "REMOTE_ATOMIC on memory whose pages cannot move (stack, file, hugetlb, locked)",
             ));
         }
-        let mut view = MrView { key, access, pd: self.id, iova, addr, len, ..MrView::default() };
+        let view = MrView { key, access, pd: self.id, iova, addr, len, ..MrView::default() };
+        Ok(self.publish(view, registration))
+    }
+
+    /// New zeroed memory that is registered from birth: its pages need not move, and untouched ones cost nothing. It
+    /// goes with the region.
+    pub fn allocate(self: &Arc<Self>, len: u64, access: Access) -> Result<Arc<Mr>> {
+        let context = &self.context;
+        let registration = self.memory.allocate(len)?;
+        let super::mem::Extent { va: addr, len, .. } = registration.extents()[0];
+        let key = self.keys.for_new_memory(&context.conn, addr, len, access)?;
+        let view = MrView { key, access, pd: self.id, iova: addr, addr, len, ..MrView::default() };
+        Ok(self.publish(view, registration))
+    }
+
+    /// From now on peers may use the key.
+    fn publish(self: &Arc<Self>, mut view: MrView, registration: Registration) -> Arc<Mr> {
+        let MrView { key, addr, len, .. } = view;
         for (slot, extent) in view.extents.iter_mut().zip(registration.extents()) {
             *slot = Extent { va: extent.va, len: extent.len, offset: extent.offset };
             view.extent_count += 1;
         }
-        context.mrs[slot_of(key)].publish(&view);
-        Ok(Arc::new(Mr { pd: Arc::clone(self), key, registration: Some(registration) }))
+        self.context.mrs[slot_of(key)].publish(&view);
+        Arc::new(Mr { pd: Arc::clone(self), key, addr, len, registration: Some(registration) })
     }
 }
 
@@ -137,6 +156,19 @@ impl Mr {
     /// lkey and rkey.
     pub fn key(&self) -> u32 {
         self.key
+    }
+
+    /// First byte, in this process.
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
     }
 }
 

@@ -334,3 +334,74 @@ breaks! {
     loom_without_fences_an_entry_is_torn: an_entry_is_read_whole_or_not_at_all without Fences, "left == right";
     loom_without_acquire_a_mark_comes_early: a_mark_is_not_lost_to_a_drain without Acquire, "before the completion";
 }
+
+/// Two messages through a FIFO of one slot: each arrives whole, and the slot is not written while it is read.
+fn a_fifo_hands_over_whole_messages() {
+    let ends = Arc::new((FifoShared::default(), [FifoSlot::default()]));
+    let theirs = Arc::clone(&ends);
+    let sending = thread::spawn(move || {
+        let fifo = Fifo { shared: &theirs.0, slots: &theirs.1 };
+        let mut sender = FifoSender::new(1, 64);
+        let mut sent = 0;
+        for value in 1..=2 {
+            let Some(slot) = sender.slot(fifo) else { break };
+            slot.payload_word().store(value, Ordering::Relaxed);
+            let _ = sender.publish(fifo, 8, 0, None);
+            sent = value;
+        }
+        sent
+    });
+    let fifo = Fifo { shared: &ends.0, slots: &ends.1 };
+    let mut receiver = FifoReceiver::default();
+    let mut got = 0;
+    for _ in 0..2 {
+        if let Some((_, slot, _)) = receiver.peek(fifo) {
+            got += 1;
+            assert_eq!(slot.payload_word().load(Ordering::Relaxed), got, "the payload of another message");
+            receiver.consume(fifo);
+        }
+    }
+    assert!(got <= sending.join().expect("sender"));
+}
+
+#[test]
+fn loom_a_fifo_hands_over_whole_messages() {
+    model(a_fifo_hands_over_whole_messages);
+}
+
+#[test]
+#[should_panic]
+fn loom_a_fifo_without_acquire_does_not() {
+    model_without(Lack::Acquire, a_fifo_hands_over_whole_messages);
+}
+
+#[test]
+#[should_panic]
+fn loom_a_fifo_without_release_does_not() {
+    model_without(Lack::Release, a_fifo_hands_over_whole_messages);
+}
+
+/// A receiver that goes to sleep has seen the message, or is rung.
+fn nobody_sleeps_on_a_fifo_with_a_message() {
+    let ends = Arc::new((FifoShared::default(), [FifoSlot::default()]));
+    let theirs = Arc::clone(&ends);
+    let sending = thread::spawn(move || {
+        let fifo = Fifo { shared: &theirs.0, slots: &theirs.1 };
+        FifoSender::new(1, 64).publish(fifo, 0, 0, None)
+    });
+    let fifo = Fifo { shared: &ends.0, slots: &ends.1 };
+    let sleeps = FifoReceiver::default().arm(fifo);
+    let rung = sending.join().expect("sender");
+    assert!(!sleeps || rung, "asleep beside a message");
+}
+
+#[test]
+fn loom_nobody_sleeps_on_a_fifo_with_a_message() {
+    model(nobody_sleeps_on_a_fifo_with_a_message);
+}
+
+#[test]
+#[should_panic]
+fn loom_without_fences_somebody_sleeps_on_a_fifo() {
+    model_without(Lack::Fences, nobody_sleeps_on_a_fifo_with_a_message);
+}

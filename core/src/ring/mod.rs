@@ -3,12 +3,14 @@
 //! * [`rq`]: receive slots. The owner posts, a peer claims, fills and completes, the owner takes.
 //! * [`cq`]: a CQ's arm word and dirty map. Peers mark and ring, the owner arms and scans.
 //! * [`qp`]: a QP's header: who may reach it, and the words its peer writes.
+//! * [`fifo`]: messages of a door's own to one peer.
 //! * [`mr`]: the table of memory regions. The owner writes, peers read.
 //!
 //! Everything here is atomics at fixed offsets; a peer may write anything at any time, so each reader copies once and
 //! judges the copy. This module never knows addresses, descriptors or who runs it.
 
 pub mod cq;
+pub mod fifo;
 pub mod mr;
 pub mod qp;
 pub mod rq;
@@ -17,6 +19,7 @@ pub mod rq;
 mod loom_tests;
 
 pub use cq::{CqShared, Ring};
+pub use fifo::{Fifo, FifoReceiver, FifoSender, FifoShared, FifoSlot};
 pub use mr::{Extent, MR_SLOTS, MrEntry, MrView};
 pub use qp::{InFlight, QpShared};
 pub use rq::{Claim, Completion, INLINE_BYTES, MAX_SGE, Phase, RecvSlot, RqShared, SlotState, Taken};

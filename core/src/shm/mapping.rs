@@ -26,6 +26,12 @@ unsafe impl Shared for crate::ring::CqShared {}
 // SAFETY: only atomics and padding.
 
 unsafe impl Shared for crate::ring::MrEntry {}
+// SAFETY: only atomics and padding.
+
+unsafe impl Shared for crate::ring::FifoShared {}
+// SAFETY: only atomics and padding.
+
+unsafe impl Shared for crate::ring::FifoSlot {}
 
 /// A shared mapping; unmapped when dropped.
 #[derive(Debug)]

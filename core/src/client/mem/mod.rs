@@ -11,6 +11,7 @@
 //! * `_Fork` and a bare clone run no fork handlers: such a child shares moved pages with its parent.
 //! * Advice given to memory before (MADV_DONTFORK, huge pages) is lost when it moves.
 
+mod alloc;
 mod exchange;
 mod fork;
 mod freeze;
@@ -182,7 +183,7 @@ impl PdMemory {
         let beyond: Vec<Part> =
             split_off(&mut parts, |p| extents.iter().any(|e| p.start < e.va + e.len && e.va < p.end));
         self.release(&maps, &beyond, false);
-        Ok(Registration { pd: self.clone(), parts, extents, unmoved, retire: false })
+        Ok(Registration { pd: self.clone(), parts, extents, unmoved, retire: false, owned: false })
     }
 
     /// Whether all that would move of the range for `want` has moved already, as far as we know: the program may
@@ -211,7 +212,14 @@ impl PdMemory {
         let vma = vma.clip(start, end);
         let parts = self.with_book(|book| book.hold(&vma));
         let extents = plan::extents(span, &parts, MAX_EXTENTS);
-        Ok(Some(Registration { pd: self.clone(), parts, extents, unmoved: None, retire: false }))
+        Ok(Some(Registration {
+            pd: self.clone(),
+            parts,
+            extents,
+            unmoved: None,
+            retire: false,
+            owned: false,
+        }))
     }
 
     /// The PD was made before a fork, by the parent.
@@ -453,6 +461,8 @@ pub struct Registration {
     extents: Vec<Extent>,
     unmoved: Option<MemError>,
     retire: bool,
+    /// The memory was made here and is no one's but the registration's.
+    owned: bool,
 }
 
 impl Registration {
@@ -505,6 +515,9 @@ impl Drop for Registration {
             return;
         }
         let _mover = mover();
+        if self.owned {
+            self.extents.iter().for_each(|e| pages::unmap(e.va, e.len));
+        }
         if let Ok(maps) = Maps::open() {
             self.pd.release(&maps, &self.parts, self.retire);
         }

@@ -15,6 +15,7 @@ pub use send::SendWr;
 
 use crate::ctl::{CreateQp, DestroyQp};
 use crate::error::{Error, Result};
+use crate::exec::Target;
 use crate::ring::{QpShared, RecvSlot};
 use crate::shm::View;
 use crate::sync::{AtomicBool, Ordering};
@@ -25,6 +26,7 @@ use super::cq::Cq;
 use super::events::{AsyncEvent, AsyncKind};
 use super::lanes::{Lanes, RecvLane, SendLane};
 use super::pd::Pd;
+use super::peers::PeerQp;
 use super::slab::{Block, BlockKind};
 use send::SendSide;
 
@@ -203,6 +205,15 @@ impl Qp {
 
     fn lock_send(&self) -> MutexGuard<'_, SendSide> {
         self.send.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `look` on the peer of a connected QP, if it is there.
+    pub(super) fn with_peer<R>(&self, look: impl FnOnce(&PeerQp) -> R) -> Option<R> {
+        let mut side = self.lock_send();
+        if !side.route.knows(&Target::Receive) && self.ask_again.swap(false, Ordering::AcqRel) {
+            side.route.resolve(self.context(), self.qpn(), &Target::Receive);
+        }
+        side.route.find(&Target::Receive).map(|(path, _)| look(&path.peer))
     }
 
     /// Waits until no request is being run.
