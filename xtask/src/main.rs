@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod dist;
 mod failure;
+mod hugepages;
 mod layout;
 mod packages;
 mod perftest;

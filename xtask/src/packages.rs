@@ -44,6 +44,11 @@ pub const RUNTIMES: &[Package] = &[
     ("golang-go", "builds the Go program of the tests"),
     ("openjdk-17-jdk-headless", "compiles and runs the Java program of the tests"),
 ];
+/// rdma-core's own suite.
+pub const VERBS_SUITE: &[Package] = &[
+    ("rdma-core", "has rdma-core's tests among its documentation"),
+    ("python3-pyverbs", "the Python bindings they use"),
+];
 /// What the soak in a new Debian root needs.
 pub const FRESH: &[Package] =
     &[("mmdebstrap", "makes the new Debian root"), ("git", "clones the repository")];

@@ -5,6 +5,7 @@ mod clients;
 mod containers;
 mod examples;
 mod labs;
+mod verbs_suite;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -52,7 +53,13 @@ fn mark(good: bool) -> &'static str {
 
 pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     let start = Instant::now();
-    packages::ensure(&[packages::LAB, packages::CLIENTS, packages::TESTS, packages::RUNTIMES])?;
+    packages::ensure(&[
+        packages::LAB,
+        packages::CLIENTS,
+        packages::TESTS,
+        packages::RUNTIMES,
+        packages::VERBS_SUITE,
+    ])?;
     let tree = dist::build()?;
     let chosen = |name: &str| filter.is_none_or(|f| name.contains(f));
     let mut tally = Tally::default();
@@ -67,6 +74,7 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     for client in clients::all().iter().filter(|client| chosen(&client.name())) {
         tally.check(&client.name(), || labs::run_client(client));
     }
+    verbs_suite::run(&mut tally, filter)?;
     if chosen(containers::NAME) {
         tally.check(containers::NAME, containers::run);
     }
