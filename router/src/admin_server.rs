@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io::BufReader;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -14,6 +15,8 @@ use std::time::Duration;
 use crate::admin::{
     Add, Answer, CONTAINER_SOCKET_NAME, DEFAULT_TENANT, Pong, Request, read_line, write_line,
 };
+use crate::cluster::Claim;
+use crate::directory::Tenant;
 use crate::identity::credentials;
 use crate::listener::{Listener, Stop};
 use crate::remembered::Remembered;
@@ -63,7 +66,8 @@ impl Admin {
         let mut guard = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(listeners) = guard.as_mut() else { return };
         for add in &adds {
-            if let Err(why) = self.establish(listeners, add) {
+            // It may have moved to another host while no router was here.
+            if let Err(why) = self.establish(listeners, add, Claim::Modest) {
                 tracing::warn!("container {} does not come back: {why}", add.name);
             }
         }
@@ -152,7 +156,7 @@ impl Admin {
         let mut guard = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         let listeners = guard.as_mut().ok_or("the router is stopping")?;
         let before = listeners.len();
-        let id = self.establish(listeners, &add)?;
+        let id = self.establish(listeners, &add, Claim::Firm)?;
         if listeners.len() != before && add.dir.is_some() {
             self.remember(listeners);
         }
@@ -160,7 +164,12 @@ impl Admin {
     }
 
     /// The container that `add` means, made if it is not there.
-    fn establish(&self, listeners: &mut BTreeMap<u32, Place>, add: &Add) -> Result<u32, String> {
+    fn establish(
+        &self,
+        listeners: &mut BTreeMap<u32, Place>,
+        add: &Add,
+        claim: Claim,
+    ) -> Result<u32, String> {
         let tenant = add.tenant.clone().unwrap_or_else(|| DEFAULT_TENANT.into());
         let dir = add.dir.clone().unwrap_or_else(|| self.containers_dir.join(&add.name));
         let socket = dir.join(CONTAINER_SOCKET_NAME);
@@ -178,8 +187,15 @@ impl Admin {
         let id = self.shared.with(|state| state.add_container(new))?;
         let place = self.open(id, add.dir.as_deref(), &dir, &socket);
         listeners.insert(id, place.inspect_err(|_| self.abandon(id))?);
+        if let Some((tenant, vip)) = self.home(id) {
+            self.shared.publish(&tenant, vip, claim);
+        }
         tracing::info!("added container {} at {}", add.name, socket.display());
         Ok(id)
+    }
+
+    fn home(&self, id: u32) -> Option<(Tenant, IpAddr)> {
+        self.shared.with(|state| state.containers.get(&id).map(|c| (c.tenant.clone(), c.vip)))
     }
 
     /// Takes a container that was never reachable out again.
@@ -225,6 +241,9 @@ impl Admin {
             } else {
                 self.remember(listeners);
             }
+        }
+        if let Some((tenant, vip)) = self.home(id) {
+            self.shared.withdraw(&tenant, vip);
         }
         self.shared.with(|state| state.leave(id));
         if !self.shared.wait_until(REMOVE_WAIT, |state| state.forget_container(id)) {

@@ -5,6 +5,8 @@
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 
+use crate::cluster::Source;
+
 /// One parameter, as the reference shows it.
 #[derive(Debug, Clone)]
 pub struct Parameter {
@@ -69,6 +71,22 @@ parameters! {
     vip_pool: Network = Network::DEFAULT_POOL;
     /// Address of the Prometheus endpoint, /metrics; with port 0 there is none.
     metrics: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9464));
+    /// This host's name in the cluster, as its certificate and the directory have it; empty: the kernel's host name.
+    host: String = String::new();
+    /// Address where routers of other hosts connect; with port 0 this host is alone.
+    cluster_listen: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+    /// Who knows which host has which container: `none`, `file:/PATH` (TOML, read again when it changes) or
+    /// `etcd:http://HOST:2379,...`.
+    directory: Source = Source::Alone;
+    /// The cluster's CA, PEM: a router is trusted if this signed its certificate.
+    tls_ca: PathBuf = "/etc/freeflow/tls/ca.pem".into();
+    /// This host's certificate, PEM; `freeflow certs` makes it.
+    tls_cert: PathBuf = "/etc/freeflow/tls/cert.pem".into();
+    /// And its private key, PEM.
+    tls_key: PathBuf = "/etc/freeflow/tls/key.pem".into();
+    /// Instead of TLS: anybody on the network can then read and change what containers of different hosts send, and
+    /// pretend to be any host.
+    insecure_plain_tcp: bool = false;
 }
 
 /// An IPv4 network.
@@ -147,7 +165,8 @@ pub fn reference() -> String {
          log.\n\n| key | type | default | meaning |\n|---|---|---|---|\n",
     );
     for p in parameters() {
-        let kind = if matches!(p.kind, "Network" | "SocketAddr") { "string" } else { p.kind };
+        let string = ["Network", "SocketAddr", "String", "Source", "PathBuf"].contains(&p.kind);
+        let kind = if string { "string" } else { p.kind };
         let default = p.default.trim_matches('"');
         let default = if kind == "string" { format!("\"{default}\"") } else { default.to_owned() };
         page += &format!("| `{}` | {kind} | `{default}` | {} |\n", p.name, p.help.trim());

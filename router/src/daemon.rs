@@ -14,6 +14,7 @@ use rustix::net::SocketType;
 
 use crate::admin::{DEFAULT_TENANT, admin_socket};
 use crate::admin_server::{Admin, make_dir};
+use crate::cluster::{Claim, ClusterError, Membership};
 use crate::config::{ConfigError, Settings};
 use crate::listener::{ListenError, Listener, SocketFile, Stop, accept_loop, listen};
 use crate::shared::Shared;
@@ -44,6 +45,8 @@ pub enum Error {
     Listen(#[from] ListenError),
     #[error("{what}: {source}")]
     System { what: String, source: std::io::Error },
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
     #[error("{0}")]
     Container(String),
 }
@@ -102,6 +105,9 @@ impl Daemon {
         let lock = lock(dir, &socket)?;
         check_descriptors(host::raise_descriptor_limit(), settings.descriptors());
         let shared = Arc::new(Shared::new(settings).map_err(system("/dev/urandom"))?);
+        if let Some(membership) = Membership::start(&shared.settings)? {
+            shared.cluster.get_or_init(|| membership);
+        }
         let cm = cm_hook::start(&shared).map_err(system("connection manager"))?;
         shared.cm.get_or_init(|| cm);
         let default = add_default(&shared, &socket)?;
@@ -178,6 +184,7 @@ fn lock(dir: &Path, socket: &Path) -> Result<DirLock, Error> {
 fn add_default(shared: &Shared, socket: &Path) -> Result<u32, Error> {
     let addresses = host::addresses().map_err(system("interface addresses"))?;
     let vip = host::vip(&addresses);
+    let outward = addresses.iter().copied().filter(|ip| host::is_outward(*ip)).collect::<Vec<_>>();
     let new = NewContainer {
         name: DEFAULT_CONTAINER.into(),
         tenant: DEFAULT_TENANT.into(),
@@ -185,7 +192,10 @@ fn add_default(shared: &Shared, socket: &Path) -> Result<u32, Error> {
         aliases: addresses,
         socket: socket.to_owned(),
     };
-    shared.with(|state| state.add_container(new)).map_err(Error::Container)
+    let id = shared.with(|state| state.add_container(new)).map_err(Error::Container)?;
+    // Bridges have the same address on many hosts: the first one keeps it.
+    outward.into_iter().for_each(|ip| shared.publish(&DEFAULT_TENANT.into(), ip, Claim::Modest));
+    Ok(id)
 }
 
 /// A host may have several routers, and one address: those that come later do without.

@@ -1,4 +1,4 @@
-//! (tenant, vIP) -> container. This host alone, for now.
+//! (tenant, vIP) -> container, of this host. Other hosts' are in `cluster::hosts`.
 //!
 //! Owns who has which address. It must never know connections or objects.
 

@@ -42,6 +42,15 @@ fn address(raw: *const libc::sockaddr) -> Option<IpAddr> {
     }
 }
 
+/// Can another host mean this one by it?
+pub fn is_outward(ip: IpAddr) -> bool {
+    let local = match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !local && !ip.is_loopback() && !ip.is_unspecified()
+}
+
 /// The default container's vIP: the first IPv4 address that is not loopback.
 pub fn vip(addresses: &[IpAddr]) -> IpAddr {
     let outward = |ip: &&IpAddr| ip.is_ipv4() && !ip.is_loopback();

@@ -2,6 +2,7 @@
 
 pub mod admin;
 mod admin_server;
+pub mod cluster;
 mod cm;
 mod cm_hook;
 pub mod config;

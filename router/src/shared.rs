@@ -3,6 +3,7 @@
 //! Owns lock, order and delivery: notices go out under the lock, in order and without waiting; bells after it. It must
 //! never know what requests mean.
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,8 +13,10 @@ use freeflow_core::ctl::{
 };
 use freeflow_core::shm::Bell;
 
+use crate::cluster::{Claim, Home, Membership};
 use crate::cm;
 use crate::config::Settings;
+use crate::directory::Tenant;
 use crate::random::Random;
 use crate::state::{Notice, Outbox, State};
 
@@ -28,6 +31,8 @@ pub struct Shared {
     pub settings: Arc<Settings>,
     /// The connection manager, once it is started.
     pub cm: OnceLock<cm::Service>,
+    /// This host's part in a cluster, once it has joined; never set where it is alone.
+    pub cluster: OnceLock<Membership>,
 }
 
 impl Shared {
@@ -36,7 +41,14 @@ impl Shared {
         let boot = u64::from(random.next_u32()?) << 32 | u64::from(random.next_u32()?);
         let settings = Arc::new(settings);
         let state = Mutex::new(State::new(settings.clone(), random));
-        Ok(Shared { state, ended: Condvar::new(), boot, settings, cm: OnceLock::new() })
+        Ok(Shared {
+            state,
+            ended: Condvar::new(),
+            boot,
+            settings,
+            cm: OnceLock::new(),
+            cluster: OnceLock::new(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -53,6 +65,20 @@ impl Shared {
         outbox.bells.iter().for_each(|bell| ring_bell(bell));
         outbox.lines.iter().for_each(|line| tracing::warn!("{line}"));
         result
+    }
+
+    /// The cluster learns that this host has `ip` of `tenant`.
+    pub fn publish(&self, tenant: &Tenant, ip: IpAddr, claim: Claim) {
+        if let Some(cluster) = self.cluster.get() {
+            cluster.publish(&Home { tenant: tenant.clone(), ip }, claim);
+        }
+    }
+
+    /// And that it has it no longer.
+    pub fn withdraw(&self, tenant: &Tenant, ip: IpAddr) {
+        if let Some(cluster) = self.cluster.get() {
+            cluster.withdraw(&Home { tenant: tenant.clone(), ip });
+        }
     }
 
     /// Says that something ended for which [`Shared::wait_until`] may wait.

@@ -1,0 +1,99 @@
+//! Routers of other hosts: which there are, who they are, and the streams to them.
+//!
+//! Owns identity between hosts and the directory of containers. It must never know what travels between routers.
+
+pub mod certs;
+pub mod directory;
+pub mod hosts;
+pub mod security;
+pub mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+pub use directory::{Backend, Claim, Source};
+pub use hosts::{Home, Host, HostName, Hosts, Moved};
+pub use security::{Files, Security, SecurityError};
+pub use stream::Stream;
+
+use crate::config::Settings;
+
+/// This host's part in a cluster.
+#[derive(Debug)]
+pub struct Membership {
+    pub security: Security,
+    pub hosts: Arc<Hosts>,
+    directory: Box<dyn Backend>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    #[error(transparent)]
+    Security(#[from] SecurityError),
+    #[error(transparent)]
+    File(#[from] directory::file::FileError),
+    #[error(
+        "this freeflow was built without etcd (cargo feature `etcd`): take a `directory` file, or another build"
+    )]
+    NoEtcd,
+    #[error("`directory` names other hosts, but without `cluster_listen` this router has no links to them")]
+    NoListen,
+    #[error("`cluster_listen` without a `directory`: no other host would be found")]
+    NoDirectory,
+    #[error("the kernel has no host name: set `host`")]
+    NoName,
+}
+
+impl Membership {
+    /// None where the configuration says that this host is alone.
+    pub fn start(settings: &Settings) -> Result<Option<Self>, ClusterError> {
+        match (settings.cluster_listen.port(), &settings.directory) {
+            (0, Source::Alone) => return Ok(None),
+            (0, _) => return Err(ClusterError::NoListen),
+            (_, Source::Alone) => return Err(ClusterError::NoDirectory),
+            _ => {}
+        }
+        let name = host_name(settings)?;
+        let security = security(settings, &name)?;
+        let hosts = Arc::new(Hosts::of(&name));
+        let directory: Box<dyn Backend> = match &settings.directory {
+            Source::Alone => return Ok(None),
+            Source::File(path) => Box::new(directory::file::File::start(path, hosts.clone())?),
+            Source::Etcd(_) => return Err(ClusterError::NoEtcd),
+        };
+        Ok(Some(Membership { security, hosts, directory }))
+    }
+
+    /// This host has `home` now; never waits.
+    pub fn publish(&self, home: &Home, claim: Claim) {
+        self.directory.publish(home, claim);
+    }
+
+    /// And now not any more.
+    pub fn withdraw(&self, home: &Home) {
+        self.directory.withdraw(home);
+    }
+}
+
+/// This host's name in the cluster.
+fn host_name(settings: &Settings) -> Result<String, ClusterError> {
+    if !settings.host.is_empty() {
+        return Ok(settings.host.clone());
+    }
+    let system = rustix::system::uname();
+    let name = system.nodename().to_string_lossy().into_owned();
+    if name.is_empty() { Err(ClusterError::NoName) } else { Ok(name) }
+}
+
+fn security(settings: &Settings, host: &str) -> Result<Security, SecurityError> {
+    if settings.insecure_plain_tcp {
+        tracing::warn!(
+            "insecure_plain_tcp: anybody on the network can read and change what containers of different hosts send, \
+             and pretend to be any host"
+        );
+        return Ok(Security::plain(host));
+    }
+    let (ca, cert, key) = (&settings.tls_ca, &settings.tls_cert, &settings.tls_key);
+    Security::tls(&Files { ca: ca.clone(), cert: cert.clone(), key: key.clone() }, host)
+}
