@@ -3,13 +3,21 @@
 mod mem_util;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use freeflow_core::client::mem::{MemError, PdMemory, on_fork_child};
 use mem_util::*;
 
+/// A fork freezes the memory of all tests of this process: held for writing by one that must not be met by another's.
+static FORKS: RwLock<()> = RwLock::new(());
+
 /// Runs `f` in a forked child while `meanwhile` runs here. True when the child ended well.
 fn fork_with(f: impl FnOnce(), meanwhile: impl FnOnce()) -> bool {
+    let _among_others = FORKS.read().unwrap_or_else(PoisonError::into_inner);
+    fork_alone(f, meanwhile)
+}
+
+fn fork_alone(f: impl FnOnce(), meanwhile: impl FnOnce()) -> bool {
     // SAFETY: the child uses only what this test gives it, and malloc, and ends with _exit.
     let pid = unsafe { libc::fork() };
     assert!(pid >= 0);
@@ -104,6 +112,7 @@ fn neither_sees_what_the_other_writes() {
 #[test]
 fn protections_are_kept() {
     watchdog();
+    let _alone = FORKS.write().unwrap_or_else(PoisonError::into_inner);
     let pd = pd();
     let m = Map::anon(2 * PAGE);
     m.bytes().fill(7);
@@ -118,7 +127,7 @@ fn protections_are_kept() {
         assert!(m.bytes().iter().all(|b| *b == 7));
         none.protect(libc::PROT_NONE);
     };
-    assert!(fork_with(check, || ()));
+    assert!(fork_alone(check, || ()));
     check();
     drop(r);
     check();
@@ -236,8 +245,10 @@ fn a_fork_loses_neither_local_nor_remote_writes() {
             w.store(n + 1, Ordering::Relaxed);
         }
     };
+    let among_others = FORKS.read().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: the child touches only what is named below and ends with _exit.
     let peer = unsafe { libc::fork() };
+    drop(among_others);
     if peer == 0 {
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let file = Map::file(&pd, r.extents()[0].offset, PAGES * PAGE);
