@@ -1,5 +1,6 @@
 //! Atomics and fences, loom's when the model checker runs.
 
+pub mod asym;
 #[cfg(loom)]
 pub mod weak;
 

@@ -8,6 +8,7 @@ use crate::ctl::{Limits, purpose};
 use crate::error::{Error, Result};
 use crate::ring::{MR_SLOTS, MrEntry};
 use crate::shm::{Mapping, View, seal_for_owner};
+use crate::sync::asym;
 use crate::verbs::Gid;
 
 use super::conn::{Conn, Opened};
@@ -48,6 +49,7 @@ pub struct Context {
 impl Context {
     /// Connects to the router and starts the helper thread.
     pub fn open() -> Result<Arc<Context>> {
+        asym::register();
         let Opened { conn, events, mut fds } = Conn::open(purpose::VERBS)?;
         let table = fds.next().ok_or_else(|| Error::Disconnected("no MR table came with Hello".into()))?;
         let map = Mapping::new(&table, 0, MR_SLOTS * size_of::<MrEntry>(), true);

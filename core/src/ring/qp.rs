@@ -1,6 +1,6 @@
 //! A QP's shared header: what its peer needs to know, and the few words its peer writes.
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering, fence, store_fenced};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, asym, fence, store_fenced};
 
 /// Shared header of a queue pair, one cache line per writer and rhythm.
 #[derive(Debug, Default)]
@@ -18,7 +18,9 @@ pub struct QpShared {
     pub rnr_timer: AtomicU32,
     /// Its own number: the memory of a destroyed QP becomes another QP's, and a late sender must notice.
     pub qpn: AtomicU32,
-    _pad0: [u32; 10],
+    /// Not 0: the owner's [`QpShared::quiesced`] has the heavy fence of [`asym`].
+    asym: AtomicU32,
+    _pad0: [u32; 9],
     /// Line 1, sender: sequence number of the next receive to claim.
     pub head: AtomicU32,
     _pad1: u32,
@@ -56,6 +58,7 @@ impl QpShared {
         for word in [&self.in_flight, &self.rx_bytes, &self.tx_bytes, &self.errors] {
             word.store(0, Ordering::Relaxed);
         }
+        self.asym.store(u32::from(asym::works()), Ordering::Relaxed);
     }
 
     /// Sender: a send found no receive. The caller looks once more afterwards: one may have been posted meanwhile, and
@@ -72,16 +75,24 @@ impl QpShared {
     }
 
     /// Peer: announces a copy; the key check comes after.
+    #[inline]
     pub fn enter(&self) -> InFlight<'_> {
         let word = self.in_flight.load(Ordering::Relaxed) | 1;
         // Partner: the fence in quiesced(). Either the owner sees the copy or the copier sees the dead key.
-        store_fenced(&self.in_flight, word);
+        if asym::works() && self.asym.load(Ordering::Relaxed) != 0 {
+            self.in_flight.store(word, Ordering::Relaxed);
+            asym::light();
+        } else {
+            store_fenced(&self.in_flight, word);
+        }
         InFlight { word: &self.in_flight, value: word }
     }
 
     /// Owner, after killing a key: has every copy that may have seen it ended? `since` is what the first call returned.
     pub fn quiesced(&self, since: Option<u64>) -> std::result::Result<(), u64> {
-        fence(Ordering::SeqCst);
+        if since.is_none() {
+            asym::heavy(); // copies that begin from now on see what the caller has changed
+        }
         let now = self.in_flight.load(Ordering::Acquire);
         if now & 1 == 0 || since.is_some_and(|then| then != now) { Ok(()) } else { Err(now) }
     }
