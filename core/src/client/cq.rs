@@ -4,7 +4,7 @@
 //! where something happened.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use crate::ctl::{CreateCq, DestroyCq};
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::verbs::Wc;
 use super::channel::Channel;
 use super::context::Context;
 use super::lanes::Lanes;
+use super::lock::Lock;
 use super::slab::{Block, BlockKind};
 
 /// Lanes up to which polling all of them is cheaper than asking peers to mark.
@@ -38,7 +39,7 @@ pub struct Cq {
     cqe: u32,
     /// Sends mark the dirty map too.
     mapped: AtomicBool,
-    inner: Mutex<Inner>,
+    inner: Lock<Inner>,
 }
 
 /// A QP attached here, once or as both of its lanes.
@@ -92,7 +93,7 @@ impl Context {
             }
         };
         let context = Arc::clone(self);
-        let (mapped, inner) = (AtomicBool::new(false), Mutex::default());
+        let (mapped, inner) = (AtomicBool::new(false), Lock::default());
         let cq = Arc::new(Cq { context, id, shared, channel, block, cookie, cqe, mapped, inner });
         if let Some(channel) = &cq.channel {
             channel.attach(Arc::downgrade(&cq));
@@ -116,7 +117,7 @@ impl Cq {
         if self.context.stalled.any() {
             self.context.stalled.poll();
         }
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock();
         let filled = if inner.mapped { self.poll_dirty(&mut inner, out) } else { self.scan(&mut inner, out) };
         inner.idle = if filled == 0 { inner.idle.wrapping_add(1) } else { 0 };
         if inner.idle % PATIENCE == PATIENCE - 1 {
@@ -170,16 +171,16 @@ impl Cq {
 
     fn drain(&self, feed: &mut Feed, out: &mut [Wc]) -> usize {
         let table = LocalTable::new(&self.context.mrs, feed.pd);
-        let send = || if feed.send { feed.lanes.poll_send() } else { None };
-        let receive = || if feed.recv { feed.lanes.poll_recv(&table) } else { None };
+        let send = |out: &mut [Wc]| if feed.send { feed.lanes.poll_send(out) } else { 0 };
+        let receive = |out: &mut [Wc]| if feed.recv { fill(out, || feed.lanes.poll_recv(&table)) } else { 0 };
         if feed.receive_first {
-            let received = fill(out, receive);
+            let received = receive(out);
             feed.receive_first = false;
-            return received + fill(&mut out[received..], send);
+            return received + send(&mut out[received..]);
         }
-        let sent = fill(out, send);
+        let sent = send(out);
         feed.receive_first = sent == out.len();
-        sent + fill(&mut out[sent..], receive)
+        sent + receive(&mut out[sent..])
     }
 
     /// ibv_req_notify_cq(3).
@@ -224,7 +225,7 @@ impl Cq {
     /// Attaches a QP's lanes. A QP that has this CQ for both lanes is attached once.
     pub(super) fn attach(&self, lanes: &Arc<Lanes>, pd: u32, send: bool, recv: bool) -> u32 {
         let mut settled = Vec::new(); // dropped after the lock: the last reference to a QP detaches it
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock();
         let index = inner.feeds.iter().position(Option::is_none).unwrap_or_else(|| {
             inner.feeds.push(None);
             inner.feeds.len() - 1
@@ -253,7 +254,7 @@ impl Cq {
 
     /// Detaches a QP; its completions that were not polled are gone, as ibv_destroy_qp(3) says.
     pub(super) fn detach(&self, lanes: &Arc<Lanes>) {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock();
         for feed in &mut inner.feeds {
             if feed.as_ref().is_some_and(|feed| Arc::ptr_eq(&feed.lanes, lanes)) {
                 *feed = None;
@@ -264,7 +265,7 @@ impl Cq {
 
     /// Runs `change` while nobody polls this CQ.
     pub(super) fn paused<T>(&self, change: impl FnOnce() -> T) -> T {
-        let _inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let _inner = self.inner.lock();
         change()
     }
 }

@@ -104,27 +104,31 @@ impl SendLane {
         self.done.store(seq.wrapping_add(1), Ordering::Release);
     }
 
-    /// CQ: takes the next completion, passing over requests that want none.
-    fn poll(&self, qpn: u32) -> Option<Wc> {
+    /// CQ: takes completions, as many as there is room for, passing over requests that want none. Returns how many.
+    fn poll(&self, qpn: u32, out: &mut [Wc]) -> usize {
+        let before = self.polled.load(Ordering::Relaxed);
         let done = self.done.load(Ordering::Acquire);
-        let mut seq = self.polled.load(Ordering::Relaxed);
-        while seq != done {
+        let (mut seq, mut filled) = (before, 0);
+        while seq != done && filled < out.len() {
             let slot = self.slot(seq);
-            let (wr_id, meta) = (slot.wr_id.load(Ordering::Relaxed), slot.meta.load(Ordering::Relaxed));
-            seq = seq.wrapping_add(1);
-            self.polled.store(seq, Ordering::Release);
+            let meta = slot.meta.load(Ordering::Relaxed);
             if meta >> 48 != 0 {
-                return Some(Wc {
-                    wr_id,
+                out[filled] = Wc {
+                    wr_id: slot.wr_id.load(Ordering::Relaxed),
                     status: (meta >> 32) as u8 as u32,
                     opcode: (meta >> 40) as u8 as u32,
                     byte_len: meta as u32,
                     qp_num: qpn,
                     ..Wc::default()
-                });
+                };
+                filled += 1;
             }
+            seq = seq.wrapping_add(1);
         }
-        None
+        if seq != before {
+            self.polled.store(seq, Ordering::Release);
+        }
+        filled
     }
 
     /// Owner, nobody polling: forgets everything.
@@ -228,8 +232,9 @@ impl Lanes {
         true
     }
 
-    pub fn poll_send(&self) -> Option<Wc> {
-        self.send.poll(self.qpn())
+    /// CQ: takes send completions.
+    pub fn poll_send(&self, out: &mut [Wc]) -> usize {
+        self.send.poll(self.qpn(), out)
     }
 
     /// A sender died with receive `seq` in hand: the next one gets it.

@@ -13,6 +13,7 @@ mod fork;
 mod helper;
 mod keys;
 mod lanes;
+mod lock;
 pub mod mem;
 mod path;
 mod pd;

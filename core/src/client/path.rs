@@ -17,29 +17,30 @@ use super::peers::PeerQp;
 #[derive(Debug)]
 struct Recent {
     key: u32,
+    /// The peer's address of the first of `bytes`.
     from: u64,
-    to: u64,
-    map: Arc<Mapping>,
-    /// The peer's address of the mapping's first byte.
-    origin: u64,
+    bytes: SharedBytes,
+    /// Keeps `bytes` mapped.
+    _map: Arc<Mapping>,
 }
 
 /// A resolved peer and what this side remembers of its memory.
 #[derive(Debug)]
 pub struct DirectPath {
     pub peer: PeerQp,
+    dgid: Gid,
     recent: Option<Recent>,
 }
 
 impl DirectPath {
-    pub fn new(peer: PeerQp) -> Self {
-        DirectPath { peer, recent: None }
+    pub fn new(peer: PeerQp, dgid: Gid) -> Self {
+        DirectPath { peer, dgid, recent: None }
     }
 
     /// Binds the path to one request.
     #[inline]
-    pub fn bind<'a>(&'a mut self, conn: &'a Conn, qpn: u32, dgid: Gid) -> (crate::exec::Peer<'a>, Bound<'a>) {
-        let DirectPath { peer, recent } = self;
+    pub fn bind<'a>(&'a mut self, conn: &'a Conn, qpn: u32) -> (crate::exec::Peer<'a>, Bound<'a>) {
+        let DirectPath { peer, dgid, recent } = self;
         let view = crate::exec::Peer {
             qp: &peer.qp[0],
             rq: crate::ring::RqShared::new(&peer.slots),
@@ -60,7 +61,7 @@ pub struct Bound<'a> {
     recent: &'a mut Option<Recent>,
     conn: &'a Conn,
     qpn: u32,
-    dgid: Gid,
+    dgid: &'a Gid,
 }
 
 impl Bound<'_> {
@@ -81,9 +82,11 @@ impl Bound<'_> {
         };
         // A window that cannot be mapped (no address space, nonsense in the table) is left to the router's judgement.
         let Ok(map) = self.peer.memory.window(extent) else { return Some(Reach::Far(len)) };
-        let to = extent.va.checked_add(extent.len)?;
-        let origin = extent.va - extent.va % PAGE;
-        *self.recent = Some(Recent { key, from: extent.va, to, map, origin });
+        // The window begins with the extent's first page.
+        let first = map.base().wrapping_add((extent.va % PAGE) as usize);
+        // SAFETY: whole pages around the extent are mapped, and stay so while `Recent` holds the mapping.
+        let bytes = unsafe { SharedBytes::new(first, extent.len as usize) };
+        *self.recent = Some(Recent { key, from: extent.va, bytes, _map: map });
         self.hit(key, va, len)
     }
 
@@ -98,12 +101,9 @@ impl Bound<'_> {
 
     #[inline]
     fn hit(&self, key: u32, va: u64, len: u64) -> Option<Reach> {
-        let recent = self.recent.as_ref().filter(|r| r.key == key && r.from <= va && va < r.to)?;
-        let len = len.min(recent.to - va) as usize;
-        // The window goes from origin, which is at or in front of `from`, at least to `to`.
-        let ptr = recent.map.base().wrapping_add((va - recent.origin) as usize);
-        // SAFETY: inside a mapping that `recent` keeps alive while the request runs.
-        Some(Reach::Here(unsafe { SharedBytes::new(ptr, len) }))
+        let recent = self.recent.as_ref().filter(|recent| recent.key == key)?;
+        let bytes = recent.bytes.from(va.checked_sub(recent.from)?)?;
+        Some(Reach::Here(bytes.first(len)))
     }
 }
 

@@ -52,6 +52,7 @@ pub enum Target {
 pub struct Request<'a> {
     pub op: SendOp,
     pub flags: SendFlags,
+    /// Big endian, passed through.
     pub imm: u32,
     pub target: Target,
     /// Scatter/gather list; with inline data one entry without a key check.

@@ -6,7 +6,7 @@ use crate::ctl::copy_kind;
 use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ring};
 use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out, prefetch_for_write};
 use crate::sync::{AtomicU64, Ordering, fence};
-use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, Sge, WcOpcode, WcStatus, grh, limits, wc_flags};
+use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, WcOpcode, WcStatus, grh, limits, wc_flags};
 
 use super::pump::{Direction, Local, MAX_LOCAL, Remote, Unreachable, pump};
 use super::{LocalTable, Peer, PeerMemory, Progress, Reach, Request, Target, UdDest};
@@ -51,21 +51,17 @@ const FROM_PEER: Direction = Direction { to_peer: false, far_kind: copy_kind::RE
 const TO_RECEIVE: Direction = Direction { to_peer: true, far_kind: copy_kind::RECV };
 
 /// Takes `request` as far as it gets; `progress` carries what earlier calls did.
-#[inline]
-pub fn execute<M: PeerMemory>(
-    request: &Request<'_>,
-    progress: &mut Progress,
-    env: &mut Env<'_, M>,
-) -> Outcome {
+///
+/// The short way, a WRITE, is inlined whole; `env` and the peer go to everything else by value, because an address taken
+/// anywhere would keep them in memory on the short way too.
+#[inline(always)]
+pub fn execute<M: PeerMemory>(request: &Request<'_>, progress: &mut Progress, env: Env<'_, M>) -> Outcome {
     let mut gathered = Gathered::default();
     if let Err(status) = gathered.gather(request, &env.local) {
-        if let Some(peer) = &env.peer {
-            abandon(progress, peer, env.memory, env.qpn, env.client);
-        }
-        return Outcome::failed(status);
+        return refused(status, progress, env);
     }
     if let Target::Datagram(dest) = request.target {
-        return datagram(request, &dest, &mut gathered, env);
+        return datagram(request, &dest, &gathered, env);
     }
     let Some(peer) = env.peer else { return Outcome::Absent };
     // Announced before the first look at state or keys: whoever changes them waits for us.
@@ -75,12 +71,21 @@ pub fn execute<M: PeerMemory>(
     }
     match request.target {
         Target::Memory { addr, rkey } if request.op == SendOp::Read => {
-            read(addr, rkey, &gathered, progress, &peer, env)
+            read(addr, rkey, &gathered, progress, peer, env)
         }
-        Target::Memory { addr, rkey } => write(request, addr, rkey, &gathered, progress, &peer, env),
-        Target::Atomic { .. } => atomic(request, &gathered, &peer, env),
-        Target::Receive | Target::Datagram(_) => send(request, &gathered, progress, &peer, env),
+        Target::Memory { addr, rkey } => write(request, addr, rkey, &gathered, progress, peer, env),
+        Target::Atomic { .. } => atomic(request, &gathered, peer, env),
+        Target::Receive | Target::Datagram(_) => send(request, &gathered, progress, peer, env),
     }
+}
+
+/// The poster's own list is not what its keys allow.
+#[cold]
+fn refused<M: PeerMemory>(status: WcStatus, progress: &mut Progress, env: Env<'_, M>) -> Outcome {
+    if let Some(peer) = env.peer {
+        abandon(progress, peer, env.memory, env.qpn, env.client);
+    }
+    Outcome::failed(status)
 }
 
 /// Does the peer serve requests of `qpn`?
@@ -96,7 +101,7 @@ fn serves(peer: &Peer<'_>, qpn: u32) -> bool {
 #[cold]
 pub fn abandon<M: PeerMemory>(
     progress: &mut Progress,
-    peer: &Peer<'_>,
+    peer: Peer<'_>,
     memory: &mut M,
     qpn: u32,
     client: u32,
@@ -104,7 +109,7 @@ pub fn abandon<M: PeerMemory>(
     let Some(suspended) = progress.claim.take() else { return };
     let _in_flight = peer.qp.enter();
     // A peer that serves us no more has taken it back, or will; the slot may be another sender's by now.
-    if !serves(peer, qpn) {
+    if !serves(&peer, qpn) {
         return;
     }
     if let Some(claim) = Claim::resume(peer.rq, suspended, client) {
@@ -113,7 +118,8 @@ pub fn abandon<M: PeerMemory>(
 }
 
 /// Returns a receive untouched. Its owner may have begun to flush meanwhile and passed over it: it looks again.
-fn give_back<M: PeerMemory>(claim: Claim<'_>, peer: &Peer<'_>, memory: &mut M) {
+#[cold]
+fn give_back<M: PeerMemory>(claim: Claim<'_>, peer: Peer<'_>, memory: &mut M) {
     claim.release(&peer.qp.head);
     if peer.cq.completed(Some(peer.cq_bit), true) == Ring::Bell {
         memory.bell();
@@ -171,8 +177,8 @@ impl Gathered {
 
 /// A violation of the peer's rules: both QPs go to error.
 #[cold]
-fn violation<M: PeerMemory>(env: &mut Env<'_, M>, status: WcStatus) -> Outcome {
-    env.memory.fault();
+fn violation<M: PeerMemory>(memory: &mut M, status: WcStatus) -> Outcome {
+    memory.fault();
     Outcome::failed(status)
 }
 
@@ -187,37 +193,38 @@ fn target<'a>(peer: &Peer<'a>, rkey: u32, need: Access, iova: u64, len: u64) -> 
     Ok(Remote { entry, key: rkey, iova, va, len })
 }
 
-#[inline]
+#[inline(always)]
 fn write<M: PeerMemory>(
     request: &Request<'_>,
     addr: u64,
     rkey: u32,
     from: &Gathered,
     progress: &mut Progress,
-    peer: &Peer<'_>,
-    env: &mut Env<'_, M>,
+    peer: Peer<'_>,
+    env: Env<'_, M>,
 ) -> Outcome {
     let with_imm = request.op == SendOp::WriteImm;
     let mut remote = None;
     if from.total > 0 {
-        match target(peer, rkey, Access::REMOTE_WRITE, addr, from.total) {
+        match target(&peer, rkey, Access::REMOTE_WRITE, addr, from.total) {
             Ok(found) => remote = Some(found),
             Err(status) => {
-                if let Some(claim) = resume(progress, peer, env) {
+                if let Some(claim) = resume(progress, peer, env.client) {
                     give_back(claim, peer, env.memory);
                 }
-                return violation(env, status);
+                return violation(env.memory, status);
             }
         }
     }
-    let claim = if with_imm { Some(take_receive(progress, peer, env)) } else { None };
-    let claim = match claim {
-        Some(None) => return Outcome::Rnr,
-        Some(claim) => claim,
-        None => None,
-    };
+    let mut claim = None;
+    if with_imm {
+        claim = take_receive(progress, peer, env.client);
+        if claim.is_none() {
+            return Outcome::Rnr;
+        }
+    }
     let moved = pump(env.memory, TO_PEER, &from.list, remote.as_slice(), progress.moved, env.budget);
-    match finish(moved, from.total, progress, claim, peer, env) {
+    match finish(moved, from.total, progress, claim, peer, env.memory) {
         Err(outcome) => outcome,
         Ok(claim) => {
             QpShared::count(&peer.qp.rx_bytes, from.total);
@@ -230,7 +237,7 @@ fn write<M: PeerMemory>(
                     imm: request.imm,
                     src_qp: env.qpn,
                 };
-                deliver(claim, &done, peer, env.memory);
+                deliver(claim, &done, &peer, env.memory);
             }
             Outcome::Done { status: WcStatus::Success, byte_len: from.total as u32 }
         }
@@ -244,15 +251,15 @@ fn finish<'a, M: PeerMemory>(
     total: u64,
     progress: &mut Progress,
     claim: Option<Claim<'a>>,
-    peer: &Peer<'_>,
-    env: &mut Env<'_, M>,
+    peer: Peer<'_>,
+    memory: &mut M,
 ) -> Result<Option<Claim<'a>>, Outcome> {
     match moved {
         Err(Unreachable) => {
             if let Some(claim) = claim {
-                give_back(claim, peer, env.memory);
+                give_back(claim, peer, memory);
             }
-            Err(violation(env, WcStatus::RemAccessErr))
+            Err(violation(memory, WcStatus::RemAccessErr))
         }
         Ok(step) => {
             progress.moved += step;
@@ -270,29 +277,24 @@ fn read<M: PeerMemory>(
     rkey: u32,
     to: &Gathered,
     progress: &mut Progress,
-    peer: &Peer<'_>,
-    env: &mut Env<'_, M>,
+    peer: Peer<'_>,
+    env: Env<'_, M>,
 ) -> Outcome {
     if to.total == 0 {
         return Outcome::Done { status: WcStatus::Success, byte_len: 0 };
     }
-    let remote = match target(peer, rkey, Access::REMOTE_READ, addr, to.total) {
+    let remote = match target(&peer, rkey, Access::REMOTE_READ, addr, to.total) {
         Ok(remote) => remote,
-        Err(status) => return violation(env, status),
+        Err(status) => return violation(env.memory, status),
     };
     let moved = pump(env.memory, FROM_PEER, &to.list, &[remote], progress.moved, env.budget);
-    match finish(moved, to.total, progress, None, peer, env) {
+    match finish(moved, to.total, progress, None, peer, env.memory) {
         Err(outcome) => outcome,
         Ok(_) => Outcome::Done { status: WcStatus::Success, byte_len: to.total as u32 },
     }
 }
 
-fn atomic<M: PeerMemory>(
-    request: &Request<'_>,
-    to: &Gathered,
-    peer: &Peer<'_>,
-    env: &mut Env<'_, M>,
-) -> Outcome {
+fn atomic<M: PeerMemory>(request: &Request<'_>, to: &Gathered, peer: Peer<'_>, env: Env<'_, M>) -> Outcome {
     let Target::Atomic { addr, rkey, compare_add, swap } = request.target else {
         return Outcome::failed(WcStatus::LocQpOpErr);
     };
@@ -300,17 +302,19 @@ fn atomic<M: PeerMemory>(
         return Outcome::failed(WcStatus::LocLenErr);
     }
     if addr % 8 != 0 {
-        return violation(env, WcStatus::RemInvReqErr);
+        return violation(env.memory, WcStatus::RemInvReqErr);
     }
-    let reached = target(peer, rkey, Access::REMOTE_ATOMIC, addr, 8)
+    let reached = target(&peer, rkey, Access::REMOTE_ATOMIC, addr, 8)
         .map(|remote| env.memory.reach(remote.entry, rkey, remote.va, 8));
     // Registration grants REMOTE_ATOMIC only where the pages moved, so far memory does not get here honestly.
     let bytes = match reached {
         Ok(Reach::Here(bytes)) => bytes,
-        Ok(Reach::Far(_)) => return violation(env, WcStatus::RemAccessErr),
-        Err(status) => return violation(env, status),
+        Ok(Reach::Far(_)) => return violation(env.memory, WcStatus::RemAccessErr),
+        Err(status) => return violation(env.memory, status),
     };
-    let Some(word) = crate::shm::atomic_word(&bytes) else { return violation(env, WcStatus::RemInvReqErr) };
+    let Some(word) = crate::shm::atomic_word(&bytes) else {
+        return violation(env.memory, WcStatus::RemInvReqErr);
+    };
     let old = apply(word, request.op, compare_add, swap);
     scatter_old(old, to);
     Outcome::Done { status: WcStatus::Success, byte_len: 8 }
@@ -340,17 +344,21 @@ fn scatter_old(old: u64, to: &Gathered) {
 }
 
 /// The receive that an earlier call began to fill.
-fn resume<'a, M>(progress: &mut Progress, peer: &Peer<'a>, env: &Env<'_, M>) -> Option<Claim<'a>> {
-    progress.claim.take().and_then(|s| Claim::resume(peer.rq, s, env.client))
+fn resume<'a>(progress: &mut Progress, peer: Peer<'a>, client: u32) -> Option<Claim<'a>> {
+    progress.claim.take().and_then(|s| Claim::resume(peer.rq, s, client))
 }
 
 /// Claims a receive, or takes up the one of an earlier call.
-fn take_receive<'a, M>(progress: &mut Progress, peer: &Peer<'a>, env: &Env<'_, M>) -> Option<Claim<'a>> {
-    let resumed = resume(progress, peer, env);
-    if resumed.is_none() {
+#[inline]
+fn take_receive<'a>(progress: &mut Progress, peer: Peer<'a>, client: u32) -> Option<Claim<'a>> {
+    if progress.claim.is_some() {
+        let resumed = resume(progress, peer, client);
+        if resumed.is_some() {
+            return resumed;
+        }
         progress.moved = 0;
     }
-    resumed.or_else(|| peer.rq.claim(&peer.qp.head, env.client))
+    peer.rq.claim(&peer.qp.head, client)
 }
 
 fn flags_of(request: &Request<'_>) -> u8 {
@@ -363,10 +371,10 @@ fn send<M: PeerMemory>(
     request: &Request<'_>,
     from: &Gathered,
     progress: &mut Progress,
-    peer: &Peer<'_>,
-    env: &mut Env<'_, M>,
+    peer: Peer<'_>,
+    env: Env<'_, M>,
 ) -> Outcome {
-    let Some(claim) = take_receive(progress, peer, env) else { return Outcome::Rnr };
+    let Some(claim) = take_receive(progress, peer, env.client) else { return Outcome::Rnr };
     let mut done = Completion {
         status: WcStatus::Success as u8,
         opcode: WcOpcode::Recv as u8,
@@ -375,11 +383,11 @@ fn send<M: PeerMemory>(
         imm: request.imm,
         src_qp: env.qpn,
     };
-    let into = match scatter(&claim, peer, from.total) {
+    let into = match scatter(&claim, &peer, from.total) {
         Ok(into) => into,
         Err((theirs, ours)) => {
             done.status = theirs as u8;
-            deliver(claim, &done, peer, env.memory);
+            deliver(claim, &done, &peer, env.memory);
             return Outcome::failed(ours);
         }
     };
@@ -389,14 +397,14 @@ fn send<M: PeerMemory>(
         claim
     } else {
         let moved = pump(env.memory, TO_RECEIVE, &from.list, &into, progress.moved, env.budget);
-        match finish(moved, from.total, progress, Some(claim), peer, env) {
+        match finish(moved, from.total, progress, Some(claim), peer, env.memory) {
             Ok(Some(claim)) => claim,
             Ok(None) => return Outcome::failed(WcStatus::LocQpOpErr),
             Err(outcome) => return outcome,
         }
     };
     QpShared::count(&peer.qp.rx_bytes, from.total);
-    deliver(claim, &done, peer, env.memory);
+    deliver(claim, &done, &peer, env.memory);
     // The next send will claim the next receive, whose line is in the receiver's cache.
     peer.rq.state_word(peer.qp.head.load(Ordering::Relaxed)).inspect(|word| prefetch_for_write(*word));
     Outcome::Done { status: WcStatus::Success, byte_len: from.total as u32 }
@@ -411,11 +419,9 @@ fn scatter<'a>(
     peer: &Peer<'a>,
     total: u64,
 ) -> Result<Scattered<'a>, (WcStatus, WcStatus)> {
-    let mut sges = [Sge::default(); MAX_SGE];
-    let count = claim.read_sges(&mut sges);
     let mut scattered = Scattered::new();
     let mut room = 0;
-    for sge in sges[..count].iter().filter(|sge| sge.length > 0) {
+    for sge in claim.sges().filter(|sge| sge.length > 0) {
         if room >= total {
             break;
         }
@@ -450,8 +456,8 @@ fn hears(peer: &Peer<'_>, dest: &UdDest) -> bool {
 fn datagram<M: PeerMemory>(
     request: &Request<'_>,
     dest: &UdDest,
-    payload: &mut Gathered,
-    env: &mut Env<'_, M>,
+    payload: &Gathered,
+    env: Env<'_, M>,
 ) -> Outcome {
     let sent = Outcome::Done { status: WcStatus::Success, byte_len: payload.total as u32 };
     let Some(peer) = env.peer else { return sent };
@@ -463,7 +469,7 @@ fn datagram<M: PeerMemory>(
     // fence's partner is the sequentially consistent change and look there.
     fence(Ordering::SeqCst);
     if !hears(&peer, dest) {
-        give_back(claim, &peer, env.memory);
+        give_back(claim, peer, env.memory);
         return sent;
     }
     let header = grh(env.gid, dest.dgid, payload.total as u32, dest.traffic_class, dest.hop_limit);
@@ -473,11 +479,11 @@ fn datagram<M: PeerMemory>(
         whole.push(part.va, part.len);
     }
     let Ok(into) = scatter(&claim, &peer, whole.total) else {
-        give_back(claim, &peer, env.memory);
+        give_back(claim, peer, env.memory);
         return sent;
     };
     if pump(env.memory, TO_RECEIVE, &whole.list, &into, 0, whole.total).is_err() {
-        give_back(claim, &peer, env.memory);
+        give_back(claim, peer, env.memory);
         return sent;
     }
     let done = Completion {

@@ -341,18 +341,16 @@ pub struct Claim<'a> {
 }
 
 impl<'a> Claim<'a> {
-    /// Copies the scatter list out, once. Returns how many entries are valid.
-    pub fn read_sges(&self, out: &mut [Sge; MAX_SGE]) -> usize {
-        let count = (self.sges as usize).min(MAX_SGE);
-        for (sge, shared) in out.iter_mut().zip(&self.slot.sges).take(count) {
+    /// The scatter list, each entry copied out once.
+    pub fn sges(&self) -> impl Iterator<Item = Sge> + '_ {
+        self.slot.sges.iter().take(self.sges as usize).map(|shared| {
             let len_lkey = shared.len_lkey.load(Ordering::Relaxed);
-            *sge = Sge {
+            Sge {
                 addr: shared.addr.load(Ordering::Relaxed),
                 length: len_lkey as u32,
                 lkey: (len_lkey >> 32) as u32,
-            };
-        }
-        count
+            }
+        })
     }
 
     /// Puts a payload of at most [`INLINE_BYTES`] into the slot.
@@ -420,9 +418,7 @@ mod tests {
             let sge = Sge { addr: 0x1000 + u64::from(seq), length: 64, lkey: 9 };
             rq.post(seq, &[sge]);
             let claim = rq.claim(&head, 7).expect("posted");
-            let mut got = [Sge::default(); MAX_SGE];
-            assert_eq!(claim.read_sges(&mut got), 1);
-            assert_eq!(got[0], sge);
+            assert_eq!(claim.sges().collect::<Vec<_>>(), [sge]);
             assert!(rq.take(seq, false, false).is_none(), "not complete yet");
             claim.write_inline(b"hello, world");
             let sent =

@@ -22,6 +22,9 @@ pub struct SharedBytes {
     len: usize,
 }
 
+// SAFETY: an address in a mapping, which every thread of the process has; new()'s promise is about time, not threads.
+unsafe impl Send for SharedBytes {}
+
 impl SharedBytes {
     /// # Safety
     /// `[ptr, ptr+len)` stays mapped, readable and writable while the value is used.
@@ -35,6 +38,14 @@ impl SharedBytes {
 
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// What follows after `skipped` bytes, if anything does.
+    #[inline]
+    #[must_use]
+    pub fn from(self, skipped: u64) -> Option<Self> {
+        let skipped = usize::try_from(skipped).ok().filter(|skipped| *skipped < self.len)?;
+        Some(SharedBytes { ptr: self.ptr.wrapping_add(skipped), len: self.len - skipped })
     }
 
     /// At most the first `len` bytes.

@@ -8,7 +8,7 @@ use crate::cq::Cq;
 use crate::guard::{EINVAL, Errno, Result};
 use crate::qp::Qp;
 use freeflow_core::client::SendWr;
-use freeflow_core::exec::{Target, UdDest};
+use freeflow_core::exec::{Request, Target, UdDest};
 use freeflow_core::verbs::{QpType, SendFlags, SendOp, Sge, Wc};
 use freeflow_verbs_abi::*;
 use std::ffi::c_int;
@@ -84,7 +84,8 @@ unsafe fn send_one(qp: &Qp, wr: &ibv_send_wr) -> Result<()> {
     // SAFETY: any four bytes are an immediate.
     let imm = unsafe { wr.__bindgen_anon_1.imm_data };
     let flags = SendFlags::from_bits(wr.send_flags).ok_or(EINVAL)?;
-    Ok(qp.rust.core.post_send(&SendWr { wr_id: wr.wr_id, op, flags, imm, target, sges })?)
+    let request = Request { op, flags, imm, target, sges };
+    Ok(qp.rust.core.post_send(&SendWr { wr_id: wr.wr_id, request })?)
 }
 
 /// Posts a list; stops at the first request that is refused and tells which.

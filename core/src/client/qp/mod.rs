@@ -8,7 +8,7 @@ mod recv;
 mod route;
 mod send;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 pub use send::SendWr;
@@ -25,6 +25,7 @@ use super::context::Context;
 use super::cq::Cq;
 use super::events::{AsyncEvent, AsyncKind};
 use super::lanes::{Lanes, RecvLane, SendLane};
+use super::lock::Lock;
 use super::pd::Pd;
 use super::peers::PeerQp;
 use super::slab::{Block, BlockKind};
@@ -56,8 +57,8 @@ pub struct Qp {
     cookie: u64,
     block: Block,
     attr: Mutex<QpAttr>,
-    send: Mutex<SendSide>,
-    recv: Mutex<()>,
+    send: Lock<SendSide>,
+    recv: Lock<()>,
     /// A send failed and took the QP to ERR: the program has a completion, but no event.
     send_failed: AtomicBool,
     /// The peer's copy was given up on; counted in the PD.
@@ -142,7 +143,7 @@ impl Pd {
             }
             Qp {
                 pd: Arc::clone(self),
-                send: Mutex::new(SendSide::new(&init.caps)),
+                send: Lock::new(SendSide::new(&init.caps)),
                 lanes,
                 send_cq: Arc::clone(&init.send_cq),
                 recv_cq: Arc::clone(&init.recv_cq),
@@ -153,7 +154,7 @@ impl Pd {
                 cookie: init.cookie,
                 block: block.clone(),
                 attr: Mutex::default(),
-                recv: Mutex::default(),
+                recv: Lock::default(),
                 send_failed: AtomicBool::new(false),
                 late_copy: AtomicBool::new(false),
                 ask_again: AtomicBool::new(true),
@@ -203,22 +204,18 @@ impl Qp {
         &self.pd.context
     }
 
-    fn lock_send(&self) -> MutexGuard<'_, SendSide> {
-        self.send.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Runs `look` on the peer of a connected QP, if it is there.
     pub(super) fn with_peer<R>(&self, look: impl FnOnce(&PeerQp) -> R) -> Option<R> {
-        let mut side = self.lock_send();
-        if !side.route.knows(&Target::Receive) && self.ask_again.swap(false, Ordering::AcqRel) {
-            side.route.resolve(self.context(), self.qpn(), &Target::Receive);
+        let mut side = self.send.lock();
+        if !side.route.knows(&Target::Receive) {
+            self.look_for_peer(&mut side.route, &Target::Receive);
         }
-        side.route.find(&Target::Receive).map(|(path, _)| look(&path.peer))
+        side.route.find(&Target::Receive).map(|path| look(&path.peer))
     }
 
     /// Waits until no request is being run.
     pub(super) fn settle(&self) {
-        drop(self.lock_send());
+        drop(self.send.lock());
     }
 
     /// Moves to ERR: everything queued is flushed, sleepers are woken. False: it was there, or is reset.
@@ -228,7 +225,7 @@ impl Qp {
             return false;
         }
         self.progress(false);
-        let dest = self.lock_send().route.dest;
+        let dest = self.send.lock().route.dest;
         self.stop_receiving(dest);
         true
     }
@@ -286,7 +283,7 @@ impl Qp {
 
     /// The peer was reset or destroyed: what is mapped of it means nothing any more.
     pub(super) fn forget_peer(&self) {
-        self.lock_send().route.forget();
+        self.send.lock().route.forget();
         self.ask_again.store(true, Ordering::Release);
     }
 
@@ -352,7 +349,7 @@ impl Qp {
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
         self.quiesce_briefly();
         // Whoever runs a request holds the lock; with it in hand none runs, and none will.
-        let mut side = self.lock_send();
+        let mut side = self.send.lock();
         self.give_up(&mut side);
         side.reset();
         drop(side);

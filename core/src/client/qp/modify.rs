@@ -41,7 +41,7 @@ impl Qp {
             _ => {}
         }
         *attr = next;
-        self.lock_send().set_patience(&next);
+        self.send.lock().set_patience(&next);
         drop(attr);
         self.publish(&next);
         let lasting = |now| now == from || now == to;
@@ -49,7 +49,7 @@ impl Qp {
             return Err(Error::Invalid("the QP failed meanwhile (ibv_query_qp tells its state)"));
         }
         if to == QpState::Sqd && mask.contains(Mask::EN_SQD_ASYNC_NOTIFY) {
-            self.lock_send().tell_drained = true;
+            self.send.lock().tell_drained = true;
         }
         if matches!(to, QpState::Rts | QpState::Sqd) {
             self.progress(false);
@@ -98,7 +98,7 @@ impl Qp {
         let shared = &self.lanes.shared[0];
         shared.qpn.store(self.qpn(), Ordering::Relaxed);
         shared.peer_qpn.store(dest_qpn, Ordering::Relaxed);
-        self.lock_send().route.dest = connected.then_some((dgid, dest_qpn));
+        self.send.lock().route.dest = connected.then_some((dgid, dest_qpn));
         self.ask_again.store(true, Ordering::Release);
         self.lanes.change_state(QpState::Rtr, |now| now == QpState::Init);
         let told = self.context().conn.ask(&Connect { qpn: self.qpn(), dest_qpn, dgid: dgid.0 });
@@ -121,8 +121,8 @@ impl Qp {
         let _ = self.context().conn.ask(&Disconnect { qpn: self.qpn(), error: 0 });
         self.quiesce_briefly();
         let empty = || {
-            let mut side = self.lock_send();
-            let _posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut side = self.send.lock();
+            let _posting = self.recv.lock();
             self.give_up(&mut side);
             side.reset();
             self.lanes.send.reset();

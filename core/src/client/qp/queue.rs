@@ -68,31 +68,32 @@ impl Queue {
 
     /// Remembers a request at the end. Inline data is copied now: its buffers are the program's again.
     pub fn push(&mut self, wr: &SendWr<'_>) {
+        let SendWr { wr_id, request: Request { op, flags, imm, target, sges: list } } = *wr;
         let at = self.index(self.posted);
         let lists = at * self.max_sge;
-        let mut sges = wr.sges.len();
-        if wr.flags.contains(SendFlags::INLINE) {
+        let mut sges = list.len();
+        if flags.contains(SendFlags::INLINE) {
             let buffer = &mut self.inline[at * self.max_inline..][..self.max_inline];
-            let length = super::send::gather_inline(wr.sges, buffer);
+            let length = super::send::gather_inline(list, buffer);
             self.sges[lists] = Sge { addr: buffer.as_ptr() as u64, length, lkey: 0 };
             sges = 1;
         } else {
-            self.sges[lists..][..sges].copy_from_slice(wr.sges);
+            self.sges[lists..][..sges].copy_from_slice(list);
         }
-        self.wqes[at] =
-            Wqe { wr_id: wr.wr_id, op: wr.op, flags: wr.flags, imm: wr.imm, target: wr.target, sges };
+        self.wqes[at] = Wqe { wr_id, op, flags, imm, target, sges };
         self.posted = self.posted.wrapping_add(1);
     }
 
-    /// The request to run next, and its wr_id.
-    pub fn head(&self) -> Option<(u64, Request<'_>)> {
+    /// The request to run next.
+    pub fn head(&self) -> Option<SendWr<'_>> {
         if self.is_idle() {
             return None;
         }
         let at = self.index(self.next);
         let wqe = &self.wqes[at];
         let sges = &self.sges[at * self.max_sge..][..wqe.sges];
-        Some((wqe.wr_id, Request { op: wqe.op, flags: wqe.flags, imm: wqe.imm, target: wqe.target, sges }))
+        let request = Request { op: wqe.op, flags: wqe.flags, imm: wqe.imm, target: wqe.target, sges };
+        Some(SendWr { wr_id: wqe.wr_id, request })
     }
 
     pub fn reset(&mut self) {

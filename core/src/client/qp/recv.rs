@@ -1,6 +1,6 @@
 //! The receive queue: post.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use rustix::io::Errno;
 
@@ -12,7 +12,7 @@ use super::Qp;
 impl Qp {
     /// ibv_post_recv(3), one request.
     pub fn post_recv(self: &Arc<Self>, wr_id: u64, sges: &[Sge]) -> Result<(), Errno> {
-        let posting = self.recv.lock().unwrap_or_else(PoisonError::into_inner);
+        let posting = self.recv.lock();
         if self.state() == QpState::Reset || sges.len() > self.caps.max_recv_sge as usize {
             return Err(Errno::INVAL);
         }
@@ -25,7 +25,7 @@ impl Qp {
         if self.state() == QpState::Err {
             self.recv_cq.completed(self.recv_bit, true);
         } else if wanted && self.kind() != QpType::Ud {
-            let dest = self.lock_send().route.dest;
+            let dest = self.send.lock().route.dest;
             self.tell_sender(dest);
         }
         Ok(())

@@ -26,22 +26,25 @@ impl Route {
         self.datagrams.clear();
     }
 
-    /// The path for a request, if known; and where it leads.
-    pub fn find(&mut self, target: &Target) -> Option<(&mut DirectPath, Gid)> {
+    /// The path for a request, if known.
+    #[inline]
+    pub fn find(&mut self, target: &Target) -> Option<&mut DirectPath> {
         match target {
-            Target::Datagram(UdDest { dgid, qpn, .. }) => {
-                self.datagrams.get_mut(&(*dgid, *qpn)).map(|path| (path, *dgid))
-            }
-            _ => {
-                let (dgid, _) = self.dest?;
-                self.connected.as_mut().map(|path| (path, dgid))
-            }
+            Target::Datagram(UdDest { dgid, qpn, .. }) => self.datagrams.get_mut(&(*dgid, *qpn)),
+            _ => self.connected.as_mut(),
         }
     }
 
     /// Is a path for `target` known that still leads somewhere?
+    #[inline]
     pub fn knows(&mut self, target: &Target) -> bool {
-        let Target::Datagram(dest) = target else { return self.connected.is_some() };
+        match target {
+            Target::Datagram(dest) => self.knows_datagram(dest),
+            _ => self.connected.is_some(),
+        }
+    }
+
+    fn knows_datagram(&mut self, dest: &UdDest) -> bool {
         let key = (dest.dgid, dest.qpn);
         let alive = |path: &DirectPath| path.peer.qp[0].qpn.load(Ordering::Relaxed) == dest.qpn;
         let known = self.datagrams.get(&key).is_some_and(alive);
@@ -64,7 +67,7 @@ impl Route {
             return;
         }
         let Ok(peer) = context.peers.admit(dest_qpn, &info, fds) else { return };
-        let path = DirectPath::new(peer);
+        let path = DirectPath::new(peer, dgid);
         match target {
             Target::Datagram(_) => {
                 self.datagrams.insert((dgid, dest_qpn), path);

@@ -17,6 +17,7 @@ use crate::verbs::{
 };
 
 use super::super::events::{AsyncEvent, AsyncKind};
+use super::super::lock::Guard;
 use super::super::stall::Stall;
 use super::Qp;
 use super::queue::Queue;
@@ -27,17 +28,11 @@ const BUDGET: u64 = 256 * 1024;
 /// rnr_retry value that means for ever.
 const RNR_FOREVER: u8 = 7;
 
-/// A send request as posted.
+/// A send request as posted. With `SendFlags::INLINE` its list names the bytes to take now, lkeys ignored.
 #[derive(Debug, Clone, Copy)]
 pub struct SendWr<'a> {
     pub wr_id: u64,
-    pub op: SendOp,
-    pub flags: SendFlags,
-    /// Big endian, passed through.
-    pub imm: u32,
-    pub target: Target,
-    /// With `SendFlags::INLINE`: the bytes to take now, lkeys ignored.
-    pub sges: &'a [Sge],
+    pub request: Request<'a>,
 }
 
 /// The send queue, under its lock.
@@ -106,16 +101,19 @@ pub fn gather_inline(sges: &[Sge], buffer: &mut [u8]) -> u32 {
 impl Qp {
     /// ibv_post_send(3), one request.
     pub fn post_send(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
-        self.check_wr(wr)?;
-        let own;
-        let wr = match wr.target {
+        self.check(&wr.request)?;
+        match wr.request.target {
             Target::Datagram(dest) => {
-                own = SendWr { target: self.own_qkey(dest), ..*wr };
-                &own
+                let request = Request { target: self.own_qkey(dest), ..wr.request };
+                self.queue(&SendWr { request, ..*wr })
             }
-            _ => wr,
-        };
-        let mut side = self.lock_send();
+            _ => self.queue(wr),
+        }
+    }
+
+    #[inline]
+    fn queue(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
+        let mut side = self.send.lock();
         // Asked under the lock: a request behind one that failed is flushed, whichever thread posts it.
         let state = self.state();
         if matches!(state, QpState::Reset | QpState::Init | QpState::Rtr) {
@@ -136,7 +134,7 @@ impl Qp {
 
     /// How many more requests fit now; only polling makes it more, only posting less.
     pub fn send_room(&self) -> usize {
-        let side = self.lock_send();
+        let side = self.send.lock();
         self.caps.max_send_wr.saturating_sub(self.lanes.send.used(side.queue.posted)) as usize
     }
 
@@ -148,7 +146,7 @@ impl Qp {
     }
 
     #[inline]
-    fn check_wr(&self, wr: &SendWr<'_>) -> Result<(), Errno> {
+    fn check(&self, wr: &Request<'_>) -> Result<(), Errno> {
         let datagram = matches!(wr.target, Target::Datagram(_));
         let op_fits = match self.kind() {
             QpType::Ud => datagram && matches!(wr.op, SendOp::Send | SendOp::SendImm),
@@ -164,14 +162,13 @@ impl Qp {
     }
 
     /// Nothing is ahead: runs the request from the caller's own lists and only remembers it if it cannot finish.
+    #[inline]
     fn post_idle(self: &Arc<Self>, side: &mut SendSide, wr: &SendWr<'_>) {
-        let request = Request { op: wr.op, flags: wr.flags, imm: wr.imm, target: wr.target, sges: wr.sges };
         let SendSide { route, progress, .. } = side;
-        *progress = Progress::default();
-        match self.run(route, progress, &request) {
+        match self.run(route, progress, &wr.request) {
             Outcome::Done { status, byte_len } => {
                 side.queue.posted = side.queue.posted.wrapping_add(1);
-                self.finish(side, wr.wr_id, wr.op, wr.flags, status, byte_len);
+                self.finish(side, wr.wr_id, wr.request.op, wr.request.flags, status, byte_len);
                 if status != WcStatus::Success {
                     self.run_queue(side, false);
                 }
@@ -186,27 +183,24 @@ impl Qp {
     /// Runs one request as far as it gets.
     #[inline]
     fn run(&self, route: &mut Route, progress: &mut Progress, request: &Request<'_>) -> Outcome {
-        let context = self.context();
         if !route.knows(&request.target) {
-            let connected = !matches!(request.target, Target::Datagram(_));
-            // A connected peer that was not there will be announced; datagrams ask each time.
-            if !connected || self.ask_again.swap(false, Ordering::AcqRel) {
-                route.resolve(context, self.qpn(), &request.target);
-            }
+            self.look_for_peer(route, &request.target);
         }
+        let Some(path) = route.find(&request.target) else { return self.run_nowhere(request, progress) };
+        let context = self.context();
         let local = LocalTable::new(&context.mrs, self.pd.id);
         let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
-        match route.find(&request.target) {
-            Some((path, dgid)) => {
-                let (peer, mut memory) = path.bind(&context.conn, qpn, dgid);
-                let peer = Some(peer);
-                execute(
-                    request,
-                    progress,
-                    &mut Env { local, peer, memory: &mut memory, qpn, client, gid, budget: BUDGET },
-                )
-            }
-            None => self.run_nowhere(request, progress),
+        let (peer, mut memory) = path.bind(&context.conn, qpn);
+        let env = Env { local, peer: Some(peer), memory: &mut memory, qpn, client, gid, budget: BUDGET };
+        execute(request, progress, env)
+    }
+
+    #[cold]
+    pub(super) fn look_for_peer(&self, route: &mut Route, target: &Target) {
+        let connected = !matches!(target, Target::Datagram(_));
+        // A connected peer that was not there will be announced; datagrams ask each time.
+        if !connected || self.ask_again.swap(false, Ordering::AcqRel) {
+            route.resolve(self.context(), self.qpn(), target);
         }
     }
 
@@ -216,13 +210,13 @@ impl Qp {
         let context = self.context();
         let local = LocalTable::new(&context.mrs, self.pd.id);
         let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
-        let env = &mut Env { local, peer: None, memory: &mut Nowhere, qpn, client, gid, budget: 0 };
+        let env = Env { local, peer: None, memory: &mut Nowhere, qpn, client, gid, budget: 0 };
         execute(request, progress, env)
     }
 
     /// Moves the queue on. Returns what its head waits for.
     pub(crate) fn progress(self: &Arc<Self>, sleeping: bool) -> Stall {
-        let mut side = self.lock_send();
+        let mut side = self.send.lock();
         self.run_queue(&mut side, sleeping);
         let stall = side.stall;
         self.unlock_and_list(side);
@@ -231,7 +225,7 @@ impl Qp {
 
     /// The same, unless another thread is at it.
     pub(crate) fn try_progress(self: &Arc<Self>) -> Stall {
-        let Ok(mut side) = self.send.try_lock() else { return Stall::More };
+        let Some(mut side) = self.send.try_lock() else { return Stall::More };
         self.run_queue(&mut side, false);
         let stall = side.stall;
         self.unlock_and_list(side);
@@ -241,7 +235,7 @@ impl Qp {
     fn run_queue(self: &Arc<Self>, side: &mut SendSide, sleeping: bool) {
         loop {
             let SendSide { queue, route, progress, .. } = side;
-            let Some((wr_id, request)) = queue.head() else { break };
+            let Some(SendWr { wr_id, request }) = queue.head() else { break };
             let (op, flags) = (request.op, request.flags);
             let begun = *progress != Progress::default();
             match self.state() {
@@ -297,7 +291,7 @@ impl Qp {
 
     /// Leaves word with the peer that a send waits. True: there is a receive after all.
     fn ask_to_be_told(&self, side: &mut SendSide) -> bool {
-        let Some((path, _)) = side.route.find(&Target::Receive) else { return false };
+        let Some(path) = side.route.find(&Target::Receive) else { return false };
         let shared = &path.peer.qp[0];
         shared.wait_for_receive();
         RqShared::new(&path.peer.slots).ready(&shared.head)
@@ -311,21 +305,19 @@ impl Qp {
         let timer = side
             .route
             .find(&Target::Receive)
-            .map_or(0, |(p, _)| p.peer.qp[0].rnr_timer.load(Ordering::Relaxed));
+            .map_or(0, |path| path.peer.qp[0].rnr_timer.load(Ordering::Relaxed));
         let wait = Duration::from_micros(rnr_timer_us(timer)) * u32::from(rnr_retry);
         Some(Instant::now() + wait)
     }
 
     /// The head of the queue ends early: the receive it was filling is the peer's again.
+    #[cold]
     pub(super) fn give_up(&self, side: &mut SendSide) {
         let SendSide { route, progress, .. } = side;
-        if progress.claim.is_none() {
-            return;
-        }
         let (context, qpn) = (self.context(), self.qpn());
-        if let Some((path, dgid)) = route.find(&Target::Receive) {
-            let (peer, mut memory) = path.bind(&context.conn, qpn, dgid);
-            abandon(progress, &peer, &mut memory, qpn, context.id());
+        if let Some(path) = route.find(&Target::Receive) {
+            let (peer, mut memory) = path.bind(&context.conn, qpn);
+            abandon(progress, peer, &mut memory, qpn, context.id());
         }
     }
 
@@ -340,7 +332,9 @@ impl Qp {
         status: WcStatus,
         byte_len: u32,
     ) {
-        self.give_up(side);
+        if side.progress.claim.is_some() {
+            self.give_up(side);
+        }
         side.queue.next = side.queue.next.wrapping_add(1);
         side.progress = Progress::default();
         side.stall = Stall::None;
@@ -378,7 +372,7 @@ impl Qp {
 
     /// Releases the lock, then puts a queue that has come to wait on the list.
     #[inline]
-    fn unlock_and_list(self: &Arc<Self>, mut side: std::sync::MutexGuard<'_, SendSide>) {
+    fn unlock_and_list(self: &Arc<Self>, mut side: Guard<'_, SendSide>) {
         let list = side.stall != Stall::None && !std::mem::replace(&mut side.listed, true);
         drop(side);
         if list {
@@ -389,7 +383,7 @@ impl Qp {
 
     /// The list's question: may the queue be taken off?
     pub(crate) fn unlist_if_idle(&self) -> bool {
-        let mut side = self.lock_send();
+        let mut side = self.send.lock();
         if side.stall == Stall::None {
             side.listed = false;
         }

@@ -129,9 +129,8 @@ impl World {
         let rq = RqShared::new(slots);
         let peer = Some(Peer { qp, rq, cq, cq_bit: 0, mrs, pd: PD, qpn: PEER_QPN });
         let local = LocalTable::new(own_mrs, PD);
-        let mut env =
-            Env { local, peer, memory: path, qpn: QPN, client: CLIENT, gid: Gid::default(), budget };
-        execute(request, progress, &mut env)
+        let env = Env { local, peer, memory: path, qpn: QPN, client: CLIENT, gid: Gid::default(), budget };
+        execute(request, progress, env)
     }
 
     /// `request` in one step.
