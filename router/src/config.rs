@@ -75,6 +75,8 @@ parameters! {
     host: String = String::new();
     /// Address where routers of other hosts connect; with port 0 this host is alone.
     cluster_listen: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+    /// What other hosts connect to where that is not `cluster_listen`, as IP:PORT; only etcd needs it, a file has it.
+    cluster_address: String = String::new();
     /// Who knows which host has which container: `none`, `file:/PATH` (TOML, read again when it changes) or
     /// `etcd:http://HOST:2379,...`.
     directory: Source = Source::Alone;

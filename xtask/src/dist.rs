@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::failure::{Context as _, Failure, Result};
-use crate::{layout, process};
+use crate::{layout, packages, process};
 
 /// Packages that make the tree, and what cargo calls their products.
 const PACKAGES: [&str; 3] = ["freeflow-router", "freeflow-verbs", "freeflow-rdmacm"];
+/// What the tree's freeflow can do beyond a plain `cargo build`'s.
+pub const FEATURES: &str = "freeflow-router/etcd";
 /// Cargo's file, and where it goes.
 const FILES: [(&str, &str); 3] = [
     ("freeflow", "bin/freeflow"),
@@ -34,8 +36,9 @@ pub fn run(portable: bool) -> Result<ExitCode> {
 
 /// Builds the tree and returns its path.
 pub fn build() -> Result<PathBuf> {
+    packages::ensure(&[packages::BUILD])?;
     let mut cargo = layout::cargo();
-    cargo.args(["build", "--release", "--quiet"]);
+    cargo.args(["build", "--release", "--quiet", "--features", FEATURES]);
     for package in PACKAGES {
         cargo.args(["--package", package]);
     }

@@ -11,6 +11,11 @@ use crate::process;
 /// A package and why a task needs it.
 pub type Package = (&'static str, &'static str);
 
+/// What the distribution tree is built with, beside the toolchain.
+pub const BUILD: &[Package] = &[
+    ("protobuf-compiler", "protoc, which the etcd client's build calls for etcd's own .proto files"),
+    ("libprotobuf-dev", "the standard .proto files that those include"),
+];
 /// What starts containers.
 pub const LAB: &[Package] =
     &[("runc", "starts the lab's containers"), ("iproute2", "bridges and interfaces of the lab")];
@@ -29,6 +34,7 @@ pub const TESTS: &[Package] = &[
     ("libibverbs-dev", "verbs headers, for the layout and conformance tests"),
     ("librdmacm-dev", "rdma_cm headers, for the layout and conformance tests"),
     ("binutils", "objdump, for the exported symbols"),
+    ("etcd-server", "the directory of a cluster, started by its tests"),
 ];
 /// What the benchmarks compare with, and are built with.
 pub const BENCH: &[Package] = &[

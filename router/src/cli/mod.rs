@@ -4,6 +4,7 @@
 //! router through `freeflow_router::admin` and to programs through their environment.
 
 mod cdi;
+mod certs;
 mod container;
 mod daemonise;
 mod doctor;
@@ -38,6 +39,7 @@ enum Command {
     #[command(subcommand)]
     Container(container::Args),
     Cdi(cdi::Args),
+    Certs(certs::Args),
     Exec(exec::Args),
     Lab(lab::Args),
     #[command(name = lab::INNER_COMMAND, hide = true)]
@@ -54,6 +56,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Container(args) => container::main(args),
         Command::Cdi(args) => cdi::main(&args),
+        Command::Certs(args) => certs::main(&args),
         Command::Exec(args) => exec::main(args),
         Command::Lab(args) => lab::main(args),
         Command::LabInner(args) => lab::inner_main(args),

@@ -41,6 +41,10 @@ pub enum ClusterError {
     NoListen,
     #[error("`cluster_listen` without a `directory`: no other host would be found")]
     NoDirectory,
+    #[error("cluster_address {0:?} is no address and port")]
+    BadAddress(String),
+    #[error("directory: {0}")]
+    System(std::io::Error),
     #[error("the kernel has no host name: set `host`")]
     NoName,
 }
@@ -60,7 +64,7 @@ impl Membership {
         let directory: Box<dyn Backend> = match &settings.directory {
             Source::Alone => return Ok(None),
             Source::File(path) => Box::new(directory::file::File::start(path, hosts.clone())?),
-            Source::Etcd(_) => return Err(ClusterError::NoEtcd),
+            Source::Etcd(urls) => etcd(settings, urls, hosts.clone())?,
         };
         Ok(Some(Membership { security, hosts, directory }))
     }
@@ -74,6 +78,39 @@ impl Membership {
     pub fn withdraw(&self, home: &Home) {
         self.directory.withdraw(home);
     }
+}
+
+#[cfg(not(feature = "etcd"))]
+fn etcd(_: &Settings, _: &[String], _: Arc<Hosts>) -> Result<Box<dyn Backend>, ClusterError> {
+    Err(ClusterError::NoEtcd)
+}
+
+#[cfg(feature = "etcd")]
+fn etcd(settings: &Settings, urls: &[String], hosts: Arc<Hosts>) -> Result<Box<dyn Backend>, ClusterError> {
+    let secure = urls.iter().any(|url| url.starts_with("https:"));
+    let files = || [&settings.tls_ca, &settings.tls_cert, &settings.tls_key].map(Clone::clone);
+    let tls = secure.then(files);
+    let place = directory::etcd::Place { urls: urls.to_vec(), tls, ttl: ETCD_TTL };
+    let joined = directory::etcd::Etcd::start(place, advertised(settings)?, hosts);
+    Ok(Box::new(joined.map_err(ClusterError::System)?))
+}
+
+/// How long a host that is gone is still in the directory.
+#[cfg(feature = "etcd")]
+const ETCD_TTL: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Where other hosts find this one.
+#[cfg(feature = "etcd")]
+fn advertised(settings: &Settings) -> Result<std::net::SocketAddr, ClusterError> {
+    if !settings.cluster_address.is_empty() {
+        let address = &settings.cluster_address;
+        return address.parse().map_err(|_| ClusterError::BadAddress(address.clone()));
+    }
+    let mut address = settings.cluster_listen;
+    if address.ip().is_unspecified() {
+        address.set_ip(crate::host::vip(&crate::host::addresses().map_err(ClusterError::System)?));
+    }
+    Ok(address)
 }
 
 /// This host's name in the cluster.

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::Tally;
+use crate::dist::FEATURES;
 use crate::failure::Result;
 use crate::layout;
 use crate::process::{self, Done, Echo};
@@ -13,9 +14,10 @@ use crate::process::{self, Done, Echo};
 const LIMIT: Duration = Duration::from_secs(1500);
 
 pub fn lints(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--features", FEATURES];
     let lints: [(&str, &[&str]); 2] = [
         ("fmt", &["fmt", "--all", "--check"]),
-        ("clippy", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+        ("clippy", &[&clippy[..], &["--", "-D", "warnings"]].concat()),
     ];
     for (name, args) in lints {
         if chosen(name) {
@@ -32,7 +34,7 @@ fn shown(command: &mut Command) -> std::result::Result<(), String> {
 /// Unit, integration and conformance tests; `tree` is the distribution tree for those that use it as users do.
 pub fn tests(tally: &mut Tally, filter: Option<&str>, tree: &Path) -> Result<()> {
     let mut cargo = layout::cargo();
-    cargo.args(["test", "--workspace", "--no-fail-fast"]).args(filter);
+    cargo.args(["test", "--workspace", "--no-fail-fast", "--features", FEATURES]).args(filter);
     cargo.env("FF_TEST_DIST", tree);
     count(tally, "cargo test", &mut cargo, filter)
 }

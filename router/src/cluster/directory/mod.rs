@@ -3,6 +3,8 @@
 //! A back-end fills [`Hosts`] from a thread of its own and, where the directory can be written, says which containers
 //! this host has. It never makes its caller wait. One suite (`suite`) runs over all of them.
 
+#[cfg(feature = "etcd")]
+pub mod etcd;
 pub mod file;
 #[cfg(test)]
 mod memory;

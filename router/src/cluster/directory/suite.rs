@@ -21,9 +21,9 @@ pub trait Cluster {
 /// What the issue promises for a container that moved.
 const PROMISE: Duration = Duration::from_secs(1);
 /// Who waits longer has failed.
-const WATCHDOG: Duration = Duration::from_secs(20);
+pub const WATCHDOG: Duration = Duration::from_secs(20);
 
-fn home(tenant: &str, last: u8) -> Home {
+pub fn home(tenant: &str, last: u8) -> Home {
     Home { tenant: tenant.into(), ip: [10, 0, 0, last].into() }
 }
 
