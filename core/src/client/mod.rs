@@ -5,6 +5,7 @@
 
 mod ah;
 mod channel;
+mod cm;
 mod conn;
 mod context;
 mod cq;
@@ -25,6 +26,7 @@ mod window;
 
 pub use ah::Ah;
 pub use channel::Channel;
+pub use cm::{Cm, CmId};
 pub use conn::{Conn, Opened, socket_candidates};
 pub use context::{Context, DeviceInfo, available};
 pub use cq::Cq;

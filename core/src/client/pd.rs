@@ -170,10 +170,16 @@ impl Mr {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// Whether its memory is still what was registered: a program may have unmapped it and mapped something else there
+    /// without deregistering.
+    pub fn is_still_mapped(&self) -> bool {
+        self.registration.as_ref().is_some_and(Registration::still_mapped)
+    }
 }
 
 impl Drop for Mr {
-    /// ibv_dereg_mr(3): when it returns, nothing lands any more.
+    /// ibv_dereg_mr(3): when it returns, nothing lands any more, and nothing is read any more.
     fn drop(&mut self) {
         let context = &self.pd.context;
         if context.conn.is_inherited() {
@@ -181,8 +187,10 @@ impl Drop for Mr {
         }
         context.mrs[slot_of(self.key)].kill();
         let deadline = Instant::now() + QUIESCE;
-        for qp in context.all_qps() {
-            if qp.pd_id() == self.pd.id && !qp.quiesce(deadline) {
+        for qp in context.all_qps().into_iter().filter(|qp| qp.pd_id() == self.pd.id) {
+            // A send of ours may be reading it; the next one sees the dead key.
+            qp.settle();
+            if !qp.quiesce(deadline) {
                 qp.expect_late_copy();
                 qp.enter_error();
             }

@@ -21,7 +21,7 @@ pub struct Peer<'a> {
 
 impl<'a> Peer<'a> {
     /// The entry behind `key`, with the owner's virtual address of `[iova, iova+len)`.
-    #[inline(always)]
+    #[inline]
     pub fn check(&self, key: u32, need: Access, iova: u64, len: u64) -> Option<(&'a MrEntry, u64)> {
         let entry = self.mrs.get(slot_of(key))?;
         Some((entry, entry.check(key, self.pd, need, iova, len)?))

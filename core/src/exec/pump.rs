@@ -37,28 +37,30 @@ pub struct Direction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unreachable;
 
-/// Moves bytes `[from, from+budget)` between a list and one stretch of the peer's memory, which is as long.
+/// Moves bytes `[from, from+budget)` of the concatenated lists; both hold at least that many unless the local one ends.
 /// Returns how many were moved.
-#[inline(always)]
-pub fn pump_one<M: PeerMemory>(
+#[inline]
+pub fn pump<M: PeerMemory>(
     memory: &mut M,
     direction: Direction,
     local: &[Local],
-    remote: Remote<'_>,
+    remote: &[Remote<'_>],
     from: u64,
     budget: u64,
 ) -> Result<u64, Unreachable> {
-    let [local] = local else { return pump(memory, direction, local, &[remote], from, budget) };
-    let end = local.len.min(remote.len).min(from.saturating_add(budget));
-    let mut at = from;
-    while at < end {
-        at += move_one(memory, direction, local.va + at, &remote, at, end - at)?;
+    if let ([local], [remote]) = (local, remote) {
+        // One segment on each side, as most have.
+        let end = local.len.min(remote.len).min(from.saturating_add(budget));
+        let mut at = from;
+        while at < end {
+            at += move_one(memory, direction, local.va + at, remote, at, end - at)?;
+        }
+        return Ok(at - from);
     }
-    Ok(at - from)
+    pump_lists(memory, direction, local, remote, from, budget)
 }
 
-/// The same between two lists; both hold at least that many bytes unless the local one ends.
-pub fn pump<M: PeerMemory>(
+fn pump_lists<M: PeerMemory>(
     memory: &mut M,
     direction: Direction,
     local: &[Local],
@@ -80,7 +82,7 @@ pub fn pump<M: PeerMemory>(
     Ok(moved)
 }
 
-#[inline(always)]
+#[inline]
 fn move_one<M: PeerMemory>(
     memory: &mut M,
     direction: Direction,

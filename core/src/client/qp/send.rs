@@ -145,7 +145,7 @@ impl Qp {
         Target::Datagram(UdDest { qkey, ..dest })
     }
 
-    #[inline(always)]
+    #[inline]
     fn check(&self, wr: &Request<'_>) -> Result<(), Errno> {
         let datagram = matches!(wr.target, Target::Datagram(_));
         let op_fits = match self.kind() {
@@ -162,7 +162,7 @@ impl Qp {
     }
 
     /// Nothing is ahead: runs the request from the caller's own lists and only remembers it if it cannot finish.
-    #[inline(always)]
+    #[inline]
     fn post_idle(self: &Arc<Self>, side: &mut SendSide, wr: &SendWr<'_>) {
         let SendSide { route, progress, .. } = side;
         match self.run(route, progress, &wr.request) {
@@ -181,7 +181,7 @@ impl Qp {
     }
 
     /// Runs one request as far as it gets.
-    #[inline(always)]
+    #[inline]
     fn run(&self, route: &mut Route, progress: &mut Progress, request: &Request<'_>) -> Outcome {
         if !route.knows(&request.target) {
             self.look_for_peer(route, &request.target);
@@ -322,7 +322,7 @@ impl Qp {
     }
 
     /// The head of the queue ended.
-    #[inline(always)]
+    #[inline]
     fn finish(
         &self,
         side: &mut SendSide,
