@@ -9,14 +9,20 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// The workspace's packages, their folders, and the packages of the workspace that each may depend on.
-pub const PACKAGES: [(&str, &str, &[&str]); 9] = [
+pub const PACKAGES: [(&str, &str, &[&str]); 11] = [
     ("freeflow-core", "core", &[]),
     ("freeflow-verbs-abi", "shim-verbs/abi", &[]),
     ("freeflow-verbs", "shim-verbs/verbs", &["freeflow-core", "freeflow-verbs-abi"]),
     ("freeflow-rdmacm", "shim-verbs/rdmacm", &["freeflow-core", "freeflow-verbs-abi"]),
+    ("freeflow-nccl-abi", "plugins/nccl-net/abi", &[]),
+    ("freeflow-nccl-net", "plugins/nccl-net", &["freeflow-core", "freeflow-nccl-abi"]),
     ("freeflow-router", "router", &["freeflow-core"]),
     ("freeflow-examples", "examples", &["freeflow-core", "freeflow-verbs-abi"]),
-    ("freeflow-tests", "tests", &["freeflow-core", "freeflow-verbs-abi", "freeflow-router"]),
+    (
+        "freeflow-tests",
+        "tests",
+        &["freeflow-core", "freeflow-verbs-abi", "freeflow-nccl-abi", "freeflow-router"],
+    ),
     ("freeflow-benches", "benches", &["freeflow-core", "freeflow-verbs-abi", "freeflow-router"]),
     ("xtask", "xtask", &[]),
 ];
