@@ -9,14 +9,15 @@ use crate::failure::{Context as _, Failure, Result};
 use crate::{layout, packages, process};
 
 /// Packages that make the tree, and what cargo calls their products.
-const PACKAGES: [&str; 3] = ["freeflow-router", "freeflow-verbs", "freeflow-rdmacm"];
+const PACKAGES: [&str; 4] = ["freeflow-router", "freeflow-verbs", "freeflow-rdmacm", "freeflow-nccl-net"];
 /// What the tree's freeflow can do beyond a plain `cargo build`'s.
 pub const FEATURES: &str = "freeflow-router/etcd";
 /// Cargo's file, and where it goes.
-const FILES: [(&str, &str); 3] = [
+const FILES: [(&str, &str); 4] = [
     ("freeflow", "bin/freeflow"),
     ("libff_ibverbs.so", "lib/freeflow/libibverbs.so.1"),
     ("libff_rdmacm.so", "lib/freeflow/librdmacm.so.1"),
+    ("libff_nccl_net.so", "lib/freeflow/libnccl-net-freeflow.so"),
 ];
 /// Links for `dlopen("libibverbs.so")` and for linkers.
 const LINKS: [(&str, &str); 2] =

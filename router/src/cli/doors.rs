@@ -11,6 +11,10 @@ use super::vars;
 /// Libraries to preload, where the tree has them.
 const PRELOADED: [&str; 2] = ["libibverbs.so.1", "librdmacm.so.1"];
 
+/// NCCL's network plugin. Every version of NCCL finds it by this name and LD_LIBRARY_PATH; a path some do not take.
+pub const NCCL_PLUGIN: (&str, &str) = ("NCCL_NET_PLUGIN", "freeflow");
+pub const NCCL_LIBRARY: &str = "libnccl-net-freeflow.so";
+
 /// What a program's environment must say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Doors {
@@ -38,6 +42,11 @@ impl Doors {
         ];
         if let Some(name) = name {
             variables.push((vars::NAME, name.into()));
+        }
+        // A user who named another plugin, or none, meant it.
+        if present.join(NCCL_LIBRARY).exists() {
+            let (variable, plugin) = NCCL_PLUGIN;
+            variables.push((variable, inherited(variable).unwrap_or_else(|| plugin.into())));
         }
         Self { variables }
     }
@@ -72,7 +81,9 @@ mod tests {
     fn ours_come_first_and_the_rest_is_kept() {
         let dir = std::env::temp_dir().join(format!("ff-doors-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        std::fs::write(dir.join("libibverbs.so.1"), "").unwrap();
+        for library in ["libibverbs.so.1", NCCL_LIBRARY] {
+            std::fs::write(dir.join(library), "").unwrap();
+        }
         let inherited = |name: &str| (name == "LD_LIBRARY_PATH").then(|| "/opt/lib".into());
         let doors = Doors::new(&dir, Path::new("/l"), Path::new("/s"), Some("c1"), inherited);
         std::fs::remove_dir_all(&dir).unwrap();
@@ -80,5 +91,17 @@ mod tests {
         assert_eq!(value(&doors, "LD_PRELOAD"), "/l/libibverbs.so.1", "what is not there is not preloaded");
         assert_eq!(value(&doors, "FREEFLOW_SOCKET"), "/s");
         assert_eq!(value(&doors, "FREEFLOW_NAME"), "c1");
+        assert_eq!(value(&doors, "NCCL_NET_PLUGIN"), "freeflow");
+    }
+
+    #[test]
+    fn another_plugin_for_nccl_stays() {
+        let dir = std::env::temp_dir().join(format!("ff-doors-nccl-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join(NCCL_LIBRARY), "").unwrap();
+        let inherited = |name: &str| (name == "NCCL_NET_PLUGIN").then(|| "none".into());
+        let doors = Doors::new(&dir, Path::new("/l"), Path::new("/s"), None, inherited);
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(value(&doors, "NCCL_NET_PLUGIN"), "none");
     }
 }
