@@ -3,12 +3,13 @@
 //! `verbs/` holds small C programs that use nothing but the public verbs API; `programs` compiles them, a `Path` starts
 //! their two sides, `report` reads what they print, and `suite` runs every program over every path. A new path is a new
 //! implementation of `Path`; programs never know which one they run on. `soak` runs the programs of `soak/` for long,
-//! against deaths and a hostile neighbour, and judges who came through how. `security` holds the promises of
+//! against deaths and a hostile neighbour, and judges who came through how. `nccl` replays what NCCL does with a network plugin. `security` holds the promises of
 //! docs/security.md to the tests it names. `layers` reads the sources and holds the
 //! architecture's arrows.
 
 pub mod launch;
 pub mod layers;
+pub mod nccl;
 pub mod path;
 pub mod programs;
 pub mod report;

@@ -18,7 +18,6 @@ mod modify;
 mod options;
 mod queues;
 mod resolve;
-mod rsocket;
 mod session;
 mod unsupported;
 mod verbs;

@@ -1,0 +1,203 @@
+//! Ranks that abort, die, or lose their router; and plugins that are unloaded and loaded again.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use freeflow_nccl_abi::result;
+
+use super::memory::Buffer;
+use super::plugin::{Handle, Plugin};
+use super::rank::{Mesh, Rank};
+use super::traffic::{Kind, Op, Plan, Receiving, STEPS, Sending, Step};
+use super::{Dice, Outcome, ensure};
+
+/// Within this time a dead peer or router must be an error.
+const NOTICED: Duration = Duration::from_secs(30);
+
+/// Everything that a rank holds while traffic runs.
+struct Load {
+    mesh: Mesh,
+    registered: Vec<(Handle, Handle)>,
+    /// Freed after deregistration, and looked at before.
+    buffers: Vec<Arc<Buffer>>,
+    ops: Vec<Box<dyn Op>>,
+}
+
+impl Load {
+    /// Traffic between all ranks that does not end by itself.
+    fn start(rank: &Rank, round: u64, size: usize) -> Outcome<Self> {
+        let me = rank.rank();
+        let mesh = rank.mesh(|from, to| from != to)?;
+        let mut load = Load { mesh, registered: Vec::new(), buffers: Vec::new(), ops: Vec::new() };
+        for peer in 0..rank.ranks() {
+            for (comm, from, to) in [(load.mesh.send[peer], me, peer), (load.mesh.recv[peer], peer, me)] {
+                let Some(comm) = comm else { continue };
+                let seed = Dice::of(&[rank.seed, round, from as u64, to as u64]).roll();
+                let plan = Plan {
+                    seed,
+                    kind: Kind::Sizes(vec![size, 8, 0, size / 2]),
+                    groups: u64::MAX,
+                    window: STEPS,
+                };
+                let buffer = Arc::new(plan.buffer());
+                let (plugin, shared) = (Arc::clone(&rank.plugin), Arc::clone(&buffer));
+                let mhandle = rank.service.run(move || plugin.reg_buffer(comm, &shared));
+                let mhandle = mhandle.map_err(|code| format!("regMr: {code}"))?;
+                load.registered.push((comm, mhandle));
+                load.buffers.push(Arc::clone(&buffer));
+                load.ops.push(if from == me {
+                    Box::new(Sending::new(plan, comm, buffer, mhandle))
+                } else {
+                    Box::new(Receiving::new(plan, comm, buffer, mhandle))
+                });
+            }
+        }
+        Ok(load)
+    }
+
+    /// Steps until `stop` or until an operation fails; says how.
+    fn run(&mut self, plugin: &Plugin, stop: &AtomicBool) -> Option<String> {
+        let ops = &mut self.ops;
+        while !stop.load(Ordering::Relaxed) {
+            let mut moved = false;
+            for op in ops.iter_mut() {
+                match op.step(plugin) {
+                    Ok(step) => moved |= step != Step::Idle,
+                    Err(why) => return Some(why),
+                }
+            }
+            if !moved {
+                std::thread::yield_now();
+            }
+        }
+        None
+    }
+
+    /// What NCCL does on abort: deregisters with operations in flight, closes, and waits for nobody.
+    fn abort(self, plugin: &Plugin) -> Outcome {
+        for (comm, mhandle) in &self.registered {
+            plugin.dereg(*comm, *mhandle).map_err(|code| format!("deregMr: {code}"))?;
+        }
+        let sums: Vec<u64> = self.buffers.iter().map(|buffer| buffer.sum()).collect();
+        for comm in self.mesh.send.iter().flatten() {
+            plugin.close_send(*comm).map_err(|code| format!("closeSend: {code}"))?;
+        }
+        for (buffer, sum) in self.buffers.iter().zip(sums) {
+            ensure(buffer.sum() == sum, || "a buffer changed after deregistration".into())?;
+        }
+        for comm in self.mesh.recv.iter().flatten() {
+            plugin.close_recv(*comm).map_err(|code| format!("closeRecv: {code}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Rounds of traffic that one rank ends at a random instant; the others hear of it as an error and end, too.
+pub fn aborts(rank: &Rank, rounds: u64) -> Outcome {
+    for round in 0..rounds {
+        let mut dice = Dice::of(&[rank.seed, round, 5]);
+        let first = dice.below(rank.ranks() as u64) as usize == rank.rank();
+        let after = Duration::from_micros(dice.below(40_000));
+        let size = [64, 8192, 600_000][dice.below(3) as usize];
+        let mut load = Load::start(rank, round, size)?;
+        rank.barrier()?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let (plugin, stopped) = (Arc::clone(&rank.plugin), Arc::clone(&stop));
+        let traffic = rank.progress.start(move || {
+            let failed = load.run(&plugin, &stopped);
+            (load, failed)
+        });
+        if first {
+            std::thread::sleep(after);
+            stop.store(true, Ordering::Relaxed);
+        }
+        let (load, failed) = traffic.wait();
+        if let Some(why) = failed {
+            ensure(is_expected(&why), || format!("round {round}: {why}"))?;
+        }
+        let plugin = Arc::clone(&rank.plugin);
+        rank.service.run(move || load.abort(&plugin)).map_err(|why| format!("round {round}: {why}"))?;
+        rank.barrier()?;
+    }
+    Ok(())
+}
+
+/// Only a remote or system error may come of what others do.
+fn is_expected(why: &str) -> bool {
+    [result::REMOTE_ERROR, result::SYSTEM_ERROR].iter().any(|code| why.ends_with(&format!(": {code}")))
+}
+
+/// Rank 1 kills itself under load; the others must get an error in time, and end in good order.
+pub fn killed(rank: &Rank) -> Outcome {
+    let mut load = Load::start(rank, 0, 300_000)?;
+    rank.barrier()?;
+    let plugin = Arc::clone(&rank.plugin);
+    let traffic = rank.progress.start(move || {
+        let failed = load.run(&plugin, &AtomicBool::new(false));
+        (load, failed)
+    });
+    let wait = Duration::from_micros(Dice::of(&[rank.seed, 6]).below(100_000));
+    std::thread::sleep(wait);
+    if rank.rank() == 1 {
+        let own = rustix::process::getpid();
+        return rustix::process::kill_process(own, rustix::process::Signal::KILL).map_err(|e| e.to_string());
+    }
+    fails_in_time(rank, traffic.wait(), NOTICED, wait)
+}
+
+/// The router dies (the caller kills it when told): what is idle must become an error in time.
+pub fn orphaned(rank: &Rank) -> Outcome {
+    let mesh = rank.mesh(|from, to| from != to)?;
+    rank.barrier()?;
+    println!("# idle");
+    // Everybody receives and nobody sends.
+    let recv = mesh.recv.iter().flatten().next().copied().ok_or("no peer")?;
+    let plan = Plan { seed: 0, kind: Kind::Sizes(vec![64]), groups: u64::MAX, window: STEPS };
+    let buffer = Arc::new(plan.buffer());
+    let mhandle = rank.plugin.reg_buffer(recv, &buffer).map_err(|code| format!("regMr: {code}"))?;
+    let ops: Vec<Box<dyn Op>> = vec![Box::new(Receiving::new(plan, recv, Arc::clone(&buffer), mhandle))];
+    let mut load = Load { mesh, registered: vec![(recv, mhandle)], buffers: vec![buffer], ops };
+    let plugin = Arc::clone(&rank.plugin);
+    let ended = rank.progress.run(move || {
+        let failed = load.run(&plugin, &AtomicBool::new(false));
+        (load, failed)
+    });
+    fails_in_time(rank, ended, Duration::from_secs(60), Duration::ZERO)
+}
+
+fn fails_in_time(
+    rank: &Rank,
+    (load, failed): (Load, Option<String>),
+    limit: Duration,
+    before: Duration,
+) -> Outcome {
+    let start = Instant::now();
+    let why = failed.ok_or("no error")?;
+    ensure(is_expected(&why), || why.clone())?;
+    println!("# noticed: {why}");
+    let plugin = Arc::clone(&rank.plugin);
+    rank.service.run(move || load.abort(&plugin))?;
+    ensure(start.elapsed() + before < limit + NOTICED, || "closing took too long".into())
+}
+
+/// Opens, uses and closes the plugin again and again: threads and descriptors do not pile up.
+pub fn reloads(path: &Path, version: u32, times: usize, check: impl Fn(&Plugin) -> Outcome) -> Outcome {
+    let count = |what: &str| std::fs::read_dir(format!("/proc/self/{what}")).map_or(0, Iterator::count);
+    let mut first = None;
+    for time in 0..times {
+        let plugin = Plugin::open(path, version, -1)?;
+        check(&plugin)?;
+        plugin.close().map_err(|why| format!("time {time}: {why}"))?;
+        let now = (count("task"), count("fd"));
+        let before = *first.get_or_insert(now);
+        ensure(now <= before, || {
+            format!(
+                "after {} loads there are {now:?} threads and descriptors, after the first {before:?}",
+                time + 1
+            )
+        })?;
+    }
+    Ok(())
+}
