@@ -256,11 +256,11 @@ impl Admin {
     /// Stops all containers' listeners and removes the directories made for them.
     pub fn close(&self) {
         let mut places = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(mut places) = places.take() else { return };
-        let going = places.extract_if(.., |_, place| place.made.is_some()).collect::<Vec<_>>();
-        self.remember(&places);
-        let going = going.into_iter().map(|(_, place)| place);
-        for Place { listener, made } in going.chain(places.into_values()) {
+        let Some(places) = places.take() else { return };
+        let (going, staying): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            places.into_iter().partition(|(_, place)| place.made.is_some());
+        self.remember(&staying);
+        for Place { listener, made } in going.into_values().chain(staying.into_values()) {
             drop(listener);
             made.into_iter().for_each(|dir| _ = std::fs::remove_dir(dir));
         }

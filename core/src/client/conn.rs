@@ -151,10 +151,11 @@ impl Conn {
             let away = |line: &mut Line| matches!(line.state, State::Away);
             let waited = self.back.wait_timeout_while(line, patience, away);
             line = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if !matches!(line.state, State::Up(_)) {
-                request.missed(&mut line.ledger);
-                return Err(Error::Disconnected(format!("{}: {}", T::NAME, line.state.words())));
+            match line.state {
+                State::Up(_) => continue,
+                State::Away | State::Over => request.missed(&mut line.ledger),
             }
+            return Err(line.state.error(T::NAME));
         }
     }
 
@@ -211,11 +212,13 @@ impl Conn {
 }
 
 impl State {
-    fn words(&self) -> &'static str {
+    /// Why a request fails.
+    fn error(&self, request: &'static str) -> Error {
         match self {
-            State::Up(_) => "the router is there",
-            State::Away => "the router is gone",
-            State::Over => "the router was replaced by one that does not know this process",
+            State::Up(_) | State::Away => Error::Away(request),
+            State::Over => {
+                Error::Disconnected(format!("{request}: another router that does not know this process"))
+            }
         }
     }
 }

@@ -233,7 +233,7 @@ fn watch(shared: &Shared, context: &Arc<Context>, fresh: bool) -> Option<Duratio
     let seen = context.stalled.generation();
     let now = Instant::now();
     let soonest = context.stalled.progress().into_iter().filter_map(|wait| match wait {
-        Stall::None => None,
+        Stall::None | Stall::Later => None,
         Stall::More => Some(Duration::ZERO),
         Stall::Rnr { deadline } | Stall::Absent { deadline } => {
             Some(deadline?.saturating_duration_since(now))

@@ -207,4 +207,21 @@ impl Record for Ring {
     const AWAY: Away = Away::Fail;
 }
 
-impl Record for CopyMem {}
+/// The request that needs the copy waits in its queue.
+impl Record for CopyMem {
+    const AWAY: Away = Away::Fail;
+}
+
+macro_rules! nothing_lasts {
+    ($($request:ident)*) => { $(
+        impl Record for cm::$request {
+            const AWAY: Away = Away::Fail;
+        }
+    )* };
+}
+
+// A connection manager begins anew with a new router: its ids end with the old one.
+nothing_lasts! {
+    CmOpenChannel CmCloseChannel CmCreate CmDestroy CmMigrate CmBind CmListen CmResolveAddr CmResolveRoute CmConnect
+    CmAccept CmEstablish CmReject CmDisconnect CmNotify CmNextEvent
+}

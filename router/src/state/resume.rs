@@ -38,6 +38,10 @@ impl State {
         claimed.take_if(|(of, _)| *of == kind).map(|(_, number)| number)
     }
 
+    pub(super) fn is_resuming(&self, client: u32) -> bool {
+        self.clients.get(&client).is_some_and(|client| client.resuming != Resuming::No)
+    }
+
     /// A queue pair that was connected before is so again, as far as it can tell.
     pub(super) fn reunite(&mut self, owner: Owner, qpn: u32) {
         let adopted = |state: &State, qpn| state.qps.get(qpn).is_some_and(|(_, qp)| qp.adopted);
@@ -51,8 +55,7 @@ impl State {
                 }
             }
             None => {
-                let resuming = self.clients.get(&owner.client).is_some_and(|c| c.resuming != Resuming::No);
-                if resuming && adopted(self, qpn) {
+                if self.is_resuming(owner.client) && adopted(self, qpn) {
                     self.awaiting.insert(qpn);
                 }
             }
@@ -70,6 +73,7 @@ impl State {
     /// the others when `late`, or when [`State::give_up_missing`] is called.
     pub fn resumed(&mut self, owner: Owner, late: bool) -> Result<()> {
         self.client_mut(owner.client)?.resuming = Resuming::No;
+        self.announce_return(owner.client);
         let hopeless = |state: &State, qpn: u32| {
             let Some((of, qp)) = state.qps.get(qpn) else { return true };
             let Link::To { gid, .. } = qp.link else { return true };
@@ -78,6 +82,16 @@ impl State {
         let lost: Vec<u32> = self.awaiting.iter().copied().filter(|qpn| hopeless(self, *qpn)).collect();
         self.desert(lost);
         Ok(())
+    }
+
+    /// Copies from and to its memory can be made again: who waited for one is told.
+    fn announce_return(&mut self, client: u32) {
+        let peers = self.qps.ids_of(client).into_iter().filter_map(|qpn| self.connected_peer(qpn));
+        for peer in peers.collect::<Vec<_>>() {
+            if let Some((them, _)) = self.qps.get(peer) {
+                self.tell(them.client, Notice::PeerReady { qpn: peer });
+            }
+        }
     }
 
     /// Whoever has not come back by now died while no router was there.
@@ -161,6 +175,11 @@ mod tests {
         w.state.connect(b, 200, 100, ga).expect("connect");
         assert_eq!(w.notices(), [(a.client, Notice::PeerReady { qpn: 100 })]);
         w.state.resumed(b, true).expect("all");
+        assert_eq!(
+            w.notices(),
+            [(a.client, Notice::PeerReady { qpn: 100 })],
+            "its memory can be reached again"
+        );
         w.state.give_up_missing();
         assert_eq!(w.notices(), [(a.client, Notice::PeerGone { qpn: 101 })]);
         w.state.give_up_missing();
