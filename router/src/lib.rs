@@ -14,7 +14,6 @@ mod identity;
 mod limiter;
 mod listener;
 mod metrics;
-mod proof;
 mod ps;
 mod quota;
 mod random;

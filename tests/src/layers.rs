@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// The workspace's packages, their folders, and the packages of the workspace that each may depend on.
-pub const PACKAGES: [(&str, &str, &[&str]); 11] = [
+pub const PACKAGES: [(&str, &str, &[&str]); 13] = [
     ("freeflow-core", "core", &[]),
     ("freeflow-verbs-abi", "shim-verbs/abi", &[]),
     ("freeflow-verbs", "shim-verbs/verbs", &["freeflow-core", "freeflow-verbs-abi"]),
@@ -17,6 +17,8 @@ pub const PACKAGES: [(&str, &str, &[&str]); 11] = [
     ("freeflow-nccl-abi", "plugins/nccl-net/abi", &[]),
     ("freeflow-nccl-net", "plugins/nccl-net", &["freeflow-core", "freeflow-nccl-abi"]),
     ("freeflow-router", "router", &["freeflow-core"]),
+    ("freeflow-ucx", "plugins/ucx-tl", &["freeflow-core"]),
+    ("freeflow-ucx-preload", "plugins/ucx-preload", &[]),
     ("freeflow-examples", "examples", &["freeflow-core", "freeflow-verbs-abi"]),
     (
         "freeflow-tests",

@@ -9,19 +9,31 @@ use crate::failure::{Context as _, Failure, Result};
 use crate::{layout, packages, process};
 
 /// Packages that make the tree, and what cargo calls their products.
-const PACKAGES: [&str; 4] = ["freeflow-router", "freeflow-verbs", "freeflow-rdmacm", "freeflow-nccl-net"];
+const PACKAGES: [&str; 6] = [
+    "freeflow-router",
+    "freeflow-verbs",
+    "freeflow-rdmacm",
+    "freeflow-nccl-net",
+    "freeflow-ucx",
+    "freeflow-ucx-preload",
+];
 /// What the tree's freeflow can do beyond a plain `cargo build`'s.
 pub const FEATURES: &str = "freeflow-router/etcd";
 /// Cargo's file, and where it goes.
-const FILES: [(&str, &str); 4] = [
+const FILES: [(&str, &str); 6] = [
     ("freeflow", "bin/freeflow"),
     ("libff_ibverbs.so", "lib/freeflow/libibverbs.so.1"),
     ("libff_rdmacm.so", "lib/freeflow/librdmacm.so.1"),
     ("libff_nccl_net.so", "lib/freeflow/libnccl-net-freeflow.so"),
+    ("libuct_ff.so", "lib/freeflow/ucx/libuct_ff.so.0.0.0"),
+    ("libucx_ff_preload.so", "lib/freeflow/ucx/libucx-ff-preload.so"),
 ];
-/// Links for `dlopen("libibverbs.so")` and for linkers.
-const LINKS: [(&str, &str); 2] =
-    [("libibverbs.so.1", "lib/freeflow/libibverbs.so"), ("librdmacm.so.1", "lib/freeflow/librdmacm.so")];
+/// Links for `dlopen("libibverbs.so")`, for linkers, and for UCX, whose module names end like its own libraries'.
+const LINKS: [(&str, &str); 3] = [
+    ("libibverbs.so.1", "lib/freeflow/libibverbs.so"),
+    ("librdmacm.so.1", "lib/freeflow/librdmacm.so"),
+    ("libuct_ff.so.0.0.0", "lib/freeflow/ucx/libuct_ff.so.0"),
+];
 
 /// A cold release build on a small, busy machine.
 const LIMIT: Duration = Duration::from_secs(1800);

@@ -56,7 +56,6 @@ impl Context {
         let map = map.map_err(Error::system("mmap of the MR table"))?;
         // Peers get it for reading. Linux before 5.1 does not know the seal: there, a peer that is root can write it.
         let _ = seal_for_owner(&table);
-        conn.keep_table(table);
         let table = Arc::new(map);
         table.dont_fork();
         let mrs = View::new(table, 0, MR_SLOTS).ok_or(Error::Invalid("MR table size"))?;
@@ -87,6 +86,11 @@ impl Context {
     /// A number that is this context's on this host while the router lives.
     pub fn id(&self) -> u32 {
         self.conn.hello.client
+    }
+
+    /// Random per start of the router: contexts with the same are on one host.
+    pub fn boot(&self) -> u64 {
+        self.conn.hello.boot
     }
 
     /// Readable while an asynchronous event waits.

@@ -14,7 +14,6 @@ mod fork;
 mod helper;
 mod keys;
 mod lanes;
-mod ledger;
 mod lock;
 pub mod mem;
 mod path;

@@ -23,6 +23,7 @@ pub struct Window {
     mrs: View<MrEntry>,
     qp: View<QpShared>,
     key: u32,
+    access: Access,
     from: u64,
     len: u64,
     /// Where `from` is in the mapping, which holds `len` bytes more.
@@ -39,6 +40,11 @@ impl Window {
         let inside = offset <= self.len && len <= self.len - offset;
         (inside && self.mrs[slot_of(self.key)].is(self.key))
             .then(|| self.map.base().wrapping_add(self.offset + offset as usize))
+    }
+
+    /// What the key grants; the caller heeds it.
+    pub fn access(&self) -> Access {
+        self.access
     }
 
     /// First address in the window, as the peer names it.
@@ -89,6 +95,7 @@ impl Qp {
                 mrs: peer.mrs.clone(),
                 qp: peer.qp.clone(),
                 key: rkey,
+                access: view.access,
                 from: view.iova.wrapping_add(low - view.addr),
                 len: high - low,
                 offset: (low - (extent.va - extent.va % PAGE)) as usize,

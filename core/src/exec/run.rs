@@ -38,8 +38,6 @@ pub enum Outcome {
     Rnr,
     /// The peer does not serve requests: like a packet nobody answers.
     Absent,
-    /// Who has to copy some of it is away.
-    Later,
 }
 
 impl Outcome {
@@ -257,11 +255,7 @@ fn finish<'a, M: PeerMemory>(
     memory: &mut M,
 ) -> Result<Option<Claim<'a>>, Outcome> {
     match moved {
-        Err(Unreachable::Later) => {
-            progress.claim = claim.map(Claim::suspend);
-            Err(Outcome::Later)
-        }
-        Err(Unreachable::Gone) => {
+        Err(Unreachable) => {
             if let Some(claim) = claim {
                 give_back(claim, peer, memory);
             }

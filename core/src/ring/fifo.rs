@@ -13,7 +13,7 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering, fence, store_fenced};
 pub const SLOT_BYTES: usize = if cfg!(loom) { 8 } else { 112 };
 /// Longest message: what a slot's word can say.
 pub const MAX_MESSAGE: usize = u16::MAX as usize;
-/// Messages between two releases: each costs a store to a line that the sender may have.
+/// Messages between two releases while more wait: each costs a store to a line that the sender may have.
 const RELEASE_EVERY: u32 = if cfg!(loom) { 1 } else { 8 };
 /// Pool addresses are multiples of this.
 const GRAIN: u32 = 64;
@@ -149,11 +149,11 @@ impl FifoSender {
         place.map(|place| (slot, place))
     }
 
-    fn place(&self, len: u32) -> Option<u32> {
+    fn place(&mut self, len: u32) -> Option<u32> {
         let len = len.max(1).next_multiple_of(GRAIN);
-        let empty = self.next == self.consumed;
-        // The used part is [tail, head), wrapped round the end if head <= tail; it never fills the pool to the brim.
-        if empty {
+        // The used part is [tail, head), wrapped round the end if head < tail; it never fills the pool to the brim.
+        if self.next == self.consumed {
+            (self.head, self.tail) = (0, 0);
             return (len <= self.pool).then_some(0);
         }
         if self.head >= self.tail {
@@ -192,7 +192,7 @@ impl FifoSender {
 }
 
 /// The receiver's private half.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy)]
 pub struct FifoReceiver {
     next: u32,
     released: u32,
@@ -234,7 +234,7 @@ impl FifoReceiver {
         self.peek(fifo).is_none()
     }
 
-    /// Nothing was there at the last peek: gives everything back, for a sender that waits.
+    /// Nothing more is there: gives everything back, for a sender that waits.
     pub fn idle(&mut self, fifo: Fifo<'_>) {
         if self.released != self.next {
             self.release(fifo);
@@ -271,6 +271,21 @@ mod tests {
             assert!(receiver.peek(fifo).is_none());
         }
         assert!(sender.is_drained(fifo));
+    }
+
+    /// As a ping-pong does: small messages that reserve much, each read at once.
+    #[test]
+    fn a_pool_serves_for_ever() {
+        let (shared, slots) = (FifoShared::default(), slots(128));
+        let fifo = Fifo { shared: &shared, slots: &slots };
+        let (mut sender, mut receiver) = (FifoSender::new(128, 256 << 10), FifoReceiver::default());
+        for round in 0..20_000u32 {
+            let (_, place) = sender.slot_and_place(fifo, 8256).expect("room");
+            assert!(!sender.publish(fifo, 64, 1, Some(place)), "{round}");
+            let (_, _, at) = receiver.peek(fifo).unwrap_or_else(|| panic!("message {round} is not there"));
+            assert_eq!(at, u64::from(place));
+            receiver.consume(fifo);
+        }
     }
 
     #[test]

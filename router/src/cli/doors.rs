@@ -8,8 +8,11 @@ use std::path::Path;
 
 use super::vars;
 
-/// Libraries to preload, where the tree has them.
-const PRELOADED: [&str; 2] = ["libibverbs.so.1", "librdmacm.so.1"];
+/// Libraries to preload, where the tree has them. The last has UCX before 1.22 look for our transport.
+const PRELOADED: [&str; 3] = ["libibverbs.so.1", "librdmacm.so.1", "ucx/libucx-ff-preload.so"];
+/// Where UCX finds our transport: from 1.22 on in a list of directories, before in one beside its own.
+const UCX_PLUGIN_PATH: &str = "UCX_PLUGIN_PATH";
+const UCX_MODULE_DIR: &str = "UCX_MODULE_DIR";
 
 /// NCCL's network plugin. Every version of NCCL finds it by this name and LD_LIBRARY_PATH; a path some do not take.
 pub const NCCL_PLUGIN: (&str, &str) = ("NCCL_NET_PLUGIN", "freeflow");
@@ -40,6 +43,13 @@ impl Doors {
             ("LD_PRELOAD", joined(&preload, inherited("LD_PRELOAD"))),
             (vars::SOCKET, socket.as_os_str().to_owned()),
         ];
+        let ucx = libraries.join("ucx");
+        if present.join("ucx").is_dir() {
+            variables.push((UCX_PLUGIN_PATH, joined(ucx.as_os_str(), inherited(UCX_PLUGIN_PATH))));
+            // UCX looks beside its own libraries first; a directory that somebody chose holds more than ours.
+            let chosen = inherited(UCX_MODULE_DIR).filter(|dir| !dir.is_empty());
+            variables.push((UCX_MODULE_DIR, chosen.unwrap_or_else(|| ucx.into_os_string())));
+        }
         if let Some(name) = name {
             variables.push((vars::NAME, name.into()));
         }
@@ -75,6 +85,23 @@ mod tests {
     fn value<'a>(doors: &'a Doors, name: &str) -> &'a str {
         let (_, value) = doors.variables.iter().find(|(n, _)| *n == name).expect("variable is set");
         value.to_str().expect("utf-8")
+    }
+
+    #[test]
+    fn ucx_finds_our_transport() {
+        let dir = std::env::temp_dir().join(format!("ff-doors-ucx-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("ucx")).unwrap();
+        std::fs::write(dir.join("ucx/libucx-ff-preload.so"), "").unwrap();
+        let fresh = Doors::new(&dir, Path::new("/l"), Path::new("/s"), None, |_| None);
+        let chosen = |name: &str| name.starts_with("UCX_").then(|| "/theirs".into());
+        let kept = Doors::new(&dir, Path::new("/l"), Path::new("/s"), None, chosen);
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(value(&fresh, "LD_PRELOAD"), "/l/ucx/libucx-ff-preload.so");
+        assert_eq!((value(&fresh, UCX_PLUGIN_PATH), value(&fresh, UCX_MODULE_DIR)), ("/l/ucx", "/l/ucx"));
+        assert_eq!(
+            (value(&kept, UCX_PLUGIN_PATH), value(&kept, UCX_MODULE_DIR)),
+            ("/l/ucx:/theirs", "/theirs")
+        );
     }
 
     #[test]

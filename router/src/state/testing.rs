@@ -60,7 +60,6 @@ impl World {
                 met: Default::default(),
                 key_failures: Limiter::new(1, 1),
                 key_failures_total: 0,
-                resuming: Resuming::No,
             },
         );
         id
@@ -79,7 +78,7 @@ impl World {
         self.state.reserve_slab(owner, SLAB).expect("quota");
         let fd = make_memfd("test", SLAB).expect("memfd");
         let map = Mapping::new(&fd, 0, SLAB as usize, true).expect("mmap");
-        self.state.insert_slab(owner, Slab { fd: Arc::new(fd), map }).expect("a new id")
+        self.state.insert_slab(owner, Slab { fd: Arc::new(fd), map })
     }
 
     /// Arguments for a queue pair with everything it needs, in a slab of its own.

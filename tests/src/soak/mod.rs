@@ -5,7 +5,6 @@ pub mod hostile;
 pub mod kill;
 pub mod neighbour;
 pub mod process;
-pub mod restart;
 pub mod revoke;
 pub mod worker;
 

@@ -483,9 +483,22 @@ impl Registration {
             return false;
         }
         // Not while a fork has the mappings otherwise.
-        let _mover = mover();
+        let mut mover = mover();
+        if self.extents.iter().all(|e| self.is_in_one_mapping(&mut mover, e)) {
+            return true;
+        }
         let Ok(maps) = Maps::open() else { return false };
         self.extents.iter().all(|e| self.is_mapped(&maps, e).unwrap_or(false))
+    }
+
+    /// The quick look: most extents are.
+    fn is_in_one_mapping(&self, mover: &mut Mover, e: &Extent) -> bool {
+        let vma = mover.recall.at(fork::generation(), e.va);
+        vma.is_some_and(|vma| {
+            self.pd.file.is_mapped_by(&vma)
+                && vma.end >= e.va + e.len
+                && vma.offset + (e.va - vma.start) == e.offset
+        })
     }
 
     fn is_mapped(&self, maps: &Maps, e: &Extent) -> Result<bool, Errno> {

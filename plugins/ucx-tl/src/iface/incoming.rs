@@ -1,0 +1,185 @@
+//! The receiving half of a connection: a peer's endpoint has a queue pair of ours for a partner, and its FIFO lies here.
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use freeflow_core::client::{Mr, Qp};
+use freeflow_core::error::Result;
+use freeflow_core::ring::fifo::Message;
+use freeflow_core::ring::{Fifo, FifoReceiver, FifoShared, FifoSlot};
+use freeflow_core::verbs::{Access, Gid, QpState, Sge};
+
+use super::{Config, Event, Iface};
+use crate::connect::{connect_rc, make_rc};
+use crate::md::Md;
+use crate::uct::types::AM_IDS;
+use crate::wire::{BYE, Datagram, SEND_HEADER, kind};
+
+/// Messages taken from one FIFO before the next has its turn.
+const TURN: u32 = 16;
+
+/// A connection that a peer asked for.
+pub struct Incoming {
+    qp: Arc<Qp>,
+    /// FIFO, pool, and the buffers of its receives, in this order.
+    memory: Arc<Mr>,
+    receiver: Cell<FifoReceiver>,
+    slots: usize,
+    pool: usize,
+    /// Size of a receive's buffer.
+    room: usize,
+    /// The request, as the peer may repeat it, and what it is told then.
+    request: Datagram,
+    pub reply: Datagram,
+    /// The peer has left, or broke the rules.
+    ended: Cell<bool>,
+}
+
+/// Bytes in front of the pool.
+pub fn pool_offset(slots: usize) -> usize {
+    size_of::<FifoShared>() + slots * size_of::<FifoSlot>()
+}
+
+impl Incoming {
+    /// Makes a partner for the queue pair that asks.
+    pub fn accept(iface: &Iface, md: &Md, request: &Datagram) -> Result<Self> {
+        let Config { fifo_size, rx_queue_len, seg_size, pool_size, .. } = iface.config;
+        let (slots, pool) = (fifo_size as usize, pool_size / 64 * 64);
+        let room = (SEND_HEADER + seg_size).next_multiple_of(64);
+        let len = pool_offset(slots) + pool + room * rx_queue_len as usize;
+        let memory =
+            md.pd.allocate(len as u64, Access::LOCAL_WRITE | Access::REMOTE_WRITE | Access::REMOTE_READ)?;
+        let qp = make_rc(&md.pd, &iface.cq, 1, rx_queue_len)?;
+        connect_rc(&qp, Gid(request.gid), request.qpn)?;
+        let reply = Datagram {
+            gid: md.context.gid().0,
+            qpn: qp.qpn(),
+            key: memory.key(),
+            addr: memory.addr(),
+            slots: fifo_size,
+            pool: pool as u32,
+            segment: seg_size as u32,
+            ..Datagram::new(kind::REPLY, request.token)
+        };
+        let (receiver, ended) = Default::default();
+        Ok(Incoming { qp, memory, receiver, slots, pool, room, request: *request, reply, ended })
+    }
+
+    /// The number is known: from now on it takes messages.
+    pub fn start(&self, number: usize, receives: usize) {
+        (0..receives).for_each(|buffer| self.post(number, buffer));
+    }
+
+    /// Receives into that buffer, again.
+    pub fn post(&self, number: usize, buffer: usize) {
+        let sge = Sge { addr: self.buffer(buffer), length: self.room as u32, lkey: self.memory.key() };
+        let _ = self.qp.post_recv(Event::Message(number, buffer).pack(), &[sge]);
+    }
+
+    pub fn buffer(&self, buffer: usize) -> u64 {
+        self.memory.addr() + (pool_offset(self.slots) + self.pool + buffer * self.room) as u64
+    }
+
+    pub fn is_of(&self, request: &Datagram) -> bool {
+        self.request == *request
+    }
+
+    fn fifo(&self) -> Fifo<'_> {
+        let at = self.memory.addr() as *const u8;
+        // SAFETY: the region begins with it, zeroed at birth and only atomics, and lives as long as self.
+        let shared = unsafe { &*at.cast::<FifoShared>() };
+        let first = at.wrapping_add(size_of::<FifoShared>()).cast::<FifoSlot>();
+        // SAFETY: as above; accept() made room for so many.
+        let slots = unsafe { std::slice::from_raw_parts(first, self.slots) };
+        Fifo { shared, slots }
+    }
+
+    /// Where a message's payload is. The sender's claim, judged.
+    #[inline]
+    fn payload(&self, message: Message, slot: &FifoSlot, place: u64) -> Option<*mut u8> {
+        let len = usize::from(message.len);
+        if !message.pooled {
+            return (len <= freeflow_core::ring::fifo::SLOT_BYTES).then(|| slot.payload());
+        }
+        let place = usize::try_from(place).ok().filter(|at| *at <= self.pool && len <= self.pool - *at)?;
+        Some((self.memory.addr() as *mut u8).wrapping_add(pool_offset(self.slots) + place))
+    }
+
+    /// Takes what is there, up to a fair share. Returns how many messages.
+    #[inline]
+    pub fn poll(&self, iface: &Iface) -> u32 {
+        let fifo = self.fifo();
+        let mut taken = 0;
+        while taken < TURN {
+            let Some((message, slot, place)) = self.receiver.get().peek(fifo) else {
+                if taken > 0 {
+                    self.give_back(fifo);
+                }
+                break;
+            };
+            let said = self.payload(message, slot, place).filter(|_| usize::from(message.id) < AM_IDS);
+            let Some(data) = said else {
+                self.end(iface, message.id == BYE);
+                break;
+            };
+            iface.deliver(message.id, data, usize::from(message.len));
+            let mut receiver = self.receiver.get();
+            receiver.consume(fifo);
+            self.receiver.set(receiver);
+            taken += 1;
+        }
+        taken
+    }
+
+    /// All that came is read: the sender gets its room back.
+    fn give_back(&self, fifo: Fifo<'_>) {
+        let mut receiver = self.receiver.get();
+        receiver.idle(fifo);
+        self.receiver.set(receiver);
+    }
+
+    #[cold]
+    fn end(&self, iface: &Iface, politely: bool) {
+        if self.ended.replace(true) {
+            return;
+        }
+        if !politely {
+            use crate::uct::symbols::Level;
+            iface
+                .md()
+                .ucx
+                .log(Level::Error, "ff: a peer wrote nonsense into its FIFO; its connection is closed");
+        }
+    }
+
+    /// A message that came as a SEND.
+    pub fn take(&self, iface: &Iface, buffer: usize, len: usize) {
+        if len < SEND_HEADER || len > self.room {
+            return; // nothing but a wake-up
+        }
+        let at = self.buffer(buffer) as *mut u8;
+        // SAFETY: in the region's receive buffers.
+        let id = unsafe { at.read() };
+        if id == BYE {
+            return self.end(iface, true);
+        }
+        // A peer on the direct path could still write there; it then harms what it sends itself.
+        if !iface.deliver(id, at.wrapping_add(SEND_HEADER), len - SEND_HEADER) {
+            self.end(iface, false);
+        }
+    }
+
+    /// Is there nothing more to expect?
+    pub fn is_over(&self) -> bool {
+        self.ended.get()
+            || (self.qp.state() == QpState::Err && self.receiver.get().peek(self.fifo()).is_none())
+    }
+
+    /// Before sleeping. False: a message is there.
+    pub fn arm(&self) -> bool {
+        let mut receiver = self.receiver.get();
+        let sleeps = receiver.arm(self.fifo());
+        self.receiver.set(receiver);
+        sleeps
+    }
+}

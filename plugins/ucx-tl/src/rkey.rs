@@ -1,0 +1,161 @@
+//! Remote keys: what UCX carries from a memory's owner to its peers, and what a peer makes of it.
+
+use std::cell::RefCell;
+use std::ffi::{c_int, c_void};
+use std::sync::Arc;
+
+use freeflow_core::client::{Context, Mr, Window};
+use freeflow_core::shm::Mapping;
+use freeflow_core::verbs::Access;
+
+use crate::ep::Ep;
+use crate::uct::types::Status;
+
+/// A key on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(C)]
+pub struct Packed {
+    gid: [u8; 16],
+    client: u32,
+    key: u32,
+    addr: u64,
+    len: u64,
+}
+
+impl Packed {
+    pub fn new(context: &Context, mr: &Mr) -> Self {
+        Packed { gid: context.gid().0, client: context.id(), key: mr.key(), addr: mr.addr(), len: mr.len() }
+    }
+}
+
+/// A `uct_rkey_t`: the key, and the owner's memory as the endpoint that used it last has it mapped.
+pub struct Rkey {
+    packed: Packed,
+    near: RefCell<Option<Near>>,
+}
+
+struct Near {
+    /// [`Ep::serial`].
+    ep: u64,
+    window: Window,
+}
+
+impl Rkey {
+    /// # Safety
+    /// `rkey` came from [`unpack`] and is not released.
+    pub unsafe fn from_raw<'a>(rkey: usize) -> &'a Rkey {
+        // SAFETY: by the caller's promise.
+        unsafe { &*(rkey as *const Rkey) }
+    }
+
+    pub fn key(&self) -> u32 {
+        self.packed.key
+    }
+
+    /// Where `[addr, addr+len)` of the peer is in this process, if it is mapped here, the key lives and grants `need`.
+    #[inline]
+    pub fn near(&self, ep: &Ep, need: Access, addr: u64, len: u64) -> Option<*mut u8> {
+        if let Some(near) = &*self.near.borrow()
+            && near.ep == ep.serial
+            && near.window.access().contains(need)
+            && let Some(at) = near.window.at(addr, len)
+        {
+            near.window.count(len);
+            return Some(at);
+        }
+        self.look(ep, need, addr, len)
+    }
+
+    /// The same, and what keeps the pointer good after the call.
+    pub fn near_and_kept(
+        &self,
+        ep: &Ep,
+        need: Access,
+        addr: u64,
+        len: u64,
+    ) -> Option<(*mut u8, Arc<Mapping>)> {
+        let at = self.near(ep, need, addr, len)?;
+        let near = self.near.borrow();
+        near.as_ref().map(|near| (at, Arc::clone(near.window.mapping())))
+    }
+
+    #[cold]
+    fn look(&self, ep: &Ep, need: Access, addr: u64, len: u64) -> Option<*mut u8> {
+        let window = ep.qp().window(self.packed.key, need, addr, len).ok()?;
+        let at = window.at(addr, len);
+        *self.near.borrow_mut() = Some(Near { ep: ep.serial, window });
+        at
+    }
+}
+
+/// `rkey_unpack`.
+pub unsafe extern "C" fn unpack(
+    _component: *mut c_void,
+    buffer: *const Packed,
+    rkey: *mut usize,
+    handle: *mut *mut c_void,
+) -> Status {
+    // SAFETY: UCX's buffer of rkey_packed_size bytes, of no alignment.
+    let packed = unsafe { buffer.read_unaligned() };
+    let unpacked = Box::new(Rkey { packed, near: RefCell::new(None) });
+    // SAFETY: UCX's places for the results.
+    unsafe { rkey.write(Box::into_raw(unpacked) as usize) };
+    // SAFETY: as above.
+    unsafe { handle.write(std::ptr::null_mut()) };
+    Status::OK
+}
+
+/// `rkey_unpack` of 1.19 and later.
+pub unsafe extern "C" fn unpack_with_params(
+    component: *mut c_void,
+    buffer: *const Packed,
+    _params: *const c_void,
+    rkey: *mut usize,
+    handle: *mut *mut c_void,
+) -> Status {
+    // SAFETY: UCX's own arguments.
+    unsafe { unpack(component, buffer, rkey, handle) }
+}
+
+/// `rkey_ptr`: the pointer, once an endpoint has used the key where the path is direct.
+pub unsafe extern "C" fn ptr(
+    _component: *mut c_void,
+    rkey: usize,
+    _handle: *mut c_void,
+    addr: u64,
+    local: *mut *mut c_void,
+) -> Status {
+    // SAFETY: UCX calls it on a key of ours.
+    let rkey = unsafe { Rkey::from_raw(rkey) };
+    let near = rkey.near.borrow();
+    let Some(at) = near.as_ref().and_then(|near| near.window.at(addr, 0)) else {
+        return Status::UNREACHABLE;
+    };
+    // SAFETY: UCX's place for the result.
+    unsafe { local.write(at.cast()) };
+    Status::OK
+}
+
+/// `rkey_release`.
+pub unsafe extern "C" fn release(_component: *mut c_void, rkey: usize, _handle: *mut c_void) -> Status {
+    // SAFETY: from unpack(), released once.
+    drop(unsafe { Box::from_raw(rkey as *mut Rkey) });
+    Status::OK
+}
+
+/// `rkey_compare`: any order, as long as it is one.
+pub unsafe extern "C" fn compare(
+    _component: *mut c_void,
+    a: usize,
+    b: usize,
+    _params: *const c_void,
+    result: *mut c_int,
+) -> Status {
+    // SAFETY: UCX calls it on keys of ours.
+    let a = unsafe { Rkey::from_raw(a) };
+    // SAFETY: as above.
+    let b = unsafe { Rkey::from_raw(b) };
+    // SAFETY: UCX's place for the result.
+    unsafe { result.write(a.packed.cmp(&b.packed) as c_int) };
+    Status::OK
+}

@@ -1,0 +1,108 @@
+//! What two ends say to each other: their addresses, and the datagrams by which an endpoint gets its queue pair.
+//!
+//! An endpoint asks ([`kind::REQUEST`], repeated until answered); the other side makes a queue pair for it, connects that,
+//! and answers with where its FIFO is. Both know a connection by the asker's address and token. Leaving is a message
+//! of its own, through the FIFO.
+
+use freeflow_core::client::Context;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Device address: which router. 8 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct DeviceAddress {
+    /// Random per start of the router.
+    pub boot: u64,
+}
+
+impl DeviceAddress {
+    pub fn of(context: &Context) -> Self {
+        DeviceAddress { boot: context.boot() }
+    }
+}
+
+/// Interface address: who answers requests. 24 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct IfaceAddress {
+    pub gid: [u8; 16],
+    pub qpn: u32,
+    /// [`Context::id`] of its owner.
+    pub client: u32,
+}
+
+/// The Q_Key of all our datagrams.
+pub const QKEY: u32 = 0x1ff0_ff01;
+const MAGIC: u32 = 0x7563_7866;
+/// Raised with each change of a datagram or of the FIFO's layout.
+const VERSION: u16 = 1;
+
+/// [`Datagram::kind`].
+pub mod kind {
+    /// Make me a partner.
+    pub const REQUEST: u16 = 1;
+    /// There it is.
+    pub const REPLY: u16 = 2;
+    /// There is none, for want of room.
+    pub const REFUSAL: u16 = 3;
+}
+
+/// Any of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Datagram {
+    pub magic: u32,
+    pub version: u16,
+    pub kind: u16,
+    /// The asker's name for the connection.
+    pub token: u64,
+    pub gid: [u8; 16],
+    /// The sender's RC queue pair.
+    pub qpn: u32,
+    /// REPLY: key of the memory with FIFO and pool.
+    pub key: u32,
+    pub addr: u64,
+    /// REPLY: slots of the FIFO, bytes of the pool behind it, longest message.
+    pub slots: u32,
+    pub pool: u32,
+    pub segment: u32,
+    pub _pad: u32,
+}
+
+impl Datagram {
+    pub fn new(kind: u16, token: u64) -> Self {
+        Datagram { magic: MAGIC, version: VERSION, kind, token, ..Datagram::default() }
+    }
+
+    /// A datagram from whoever: None if it is none of ours.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let said = Datagram::read_from_bytes(bytes).ok()?;
+        (said.magic == MAGIC && said.version == VERSION).then_some(said)
+    }
+}
+
+/// Message ids beyond UCX's own: the sender leaves.
+pub const BYE: u8 = 0xff;
+
+/// Bytes in front of an active message that goes as a SEND: its id.
+pub const SEND_HEADER: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_fit_into_what_ucx_packs() {
+        const { assert!(size_of::<IfaceAddress>() <= 63 && size_of::<DeviceAddress>() <= 31) };
+    }
+
+    #[test]
+    fn only_our_datagrams_are_understood() {
+        let request = Datagram { qpn: 7, ..Datagram::new(kind::REQUEST, 9) };
+        assert_eq!(Datagram::parse(request.as_bytes()), Some(request));
+        assert_eq!(Datagram::parse(&request.as_bytes()[1..]), None);
+        let mut newer = request;
+        newer.version += 1;
+        assert_eq!(Datagram::parse(newer.as_bytes()), None);
+    }
+}
