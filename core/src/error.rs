@@ -18,6 +18,9 @@ pub enum Error {
     /// The router broke the protocol or hung up.
     #[error("the connection to the router is gone: {0}")]
     Disconnected(String),
+    /// No router is there at this time; another one may take its place.
+    #[error("the router is away: {0}")]
+    Away(&'static str),
     /// The router refused a request.
     #[error("the router refused {request}: {errno}")]
     Refused { request: &'static str, errno: Errno },
@@ -51,7 +54,7 @@ impl Error {
     pub fn errno(&self) -> Errno {
         match self {
             Error::NoRouter { .. } | Error::Version { .. } => Errno::NODEV,
-            Error::Disconnected(_) => Errno::IO,
+            Error::Disconnected(_) | Error::Away(_) => Errno::IO,
             Error::Refused { errno, .. } | Error::System { errno, .. } | Error::Memory { errno, .. } => {
                 *errno
             }

@@ -56,7 +56,8 @@ impl Admin {
         Admin { shared, containers_dir, remembered, default, listeners: Mutex::new(Some(BTreeMap::new())) }
     }
 
-    /// Serves the containers again that the last router had in directories of their own. To be called once, at the start.
+    /// Serves the containers again that the last router had: after a clean end those in directories of the operator's,
+    /// after a crash all of them. To be called once, at the start.
     pub fn restore(&self) {
         let adds = self.remembered.load().unwrap_or_else(|error| {
             let path = self.remembered.path().display();
@@ -76,18 +77,16 @@ impl Admin {
         }
     }
 
-    /// Saves which containers have directories of their own; those the router made go with it.
+    /// Saves which containers there are.
     fn remember(&self, listeners: &BTreeMap<u32, Place>) {
-        let ids = listeners.iter().filter(|(_, place)| place.made.is_none()).map(|(id, _)| *id);
         let adds = self.shared.with(|state| {
-            let containers = ids.filter_map(|id| state.containers.get(&id));
-            let add = |c: &Container| Add {
-                name: c.name.clone(),
-                ip: Some(c.vip),
-                tenant: Some(c.tenant.to_string()),
-                dir: c.socket.parent().map(Path::to_owned),
+            let add = |(id, place): (&u32, &Place)| {
+                let c = state.containers.get(id)?;
+                let given = place.made.is_none().then(|| c.socket.parent().map(Path::to_owned));
+                let (name, tenant) = (c.name.clone(), Some(c.tenant.to_string()));
+                Some(Add { name, ip: Some(c.vip), tenant, dir: given.flatten() })
             };
-            containers.map(add).collect::<Vec<_>>()
+            listeners.iter().filter_map(add).collect::<Vec<_>>()
         });
         if let Err(error) = self.remembered.save(&adds) {
             let path = self.remembered.path().display();
@@ -157,7 +156,7 @@ impl Admin {
         let listeners = guard.as_mut().ok_or("the router is stopping")?;
         let before = listeners.len();
         let id = self.establish(listeners, &add, Claim::Firm)?;
-        if listeners.len() != before && add.dir.is_some() {
+        if listeners.len() != before {
             self.remember(listeners);
         }
         self.describe(id).ok_or_else(|| "the container is gone again".into())
@@ -238,9 +237,8 @@ impl Admin {
             if let Some(dir) = made {
                 // What others put there is theirs to remove.
                 let _ = std::fs::remove_dir(dir);
-            } else {
-                self.remember(listeners);
             }
+            self.remember(listeners);
         }
         if let Some((tenant, vip)) = self.home(id) {
             self.shared.withdraw(&tenant, vip);
@@ -257,8 +255,12 @@ impl Admin {
 
     /// Stops all containers' listeners and removes the directories made for them.
     pub fn close(&self) {
-        let places = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).take();
-        for Place { listener, made } in places.into_iter().flat_map(BTreeMap::into_values) {
+        let mut places = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(places) = places.take() else { return };
+        let (going, staying): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            places.into_iter().partition(|(_, place)| place.made.is_some());
+        self.remember(&staying);
+        for Place { listener, made } in going.into_values().chain(staying.into_values()) {
             drop(listener);
             made.into_iter().for_each(|dir| _ = std::fs::remove_dir(dir));
         }

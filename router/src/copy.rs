@@ -168,7 +168,7 @@ mod tests {
         let me = w.owner_of_new_client(container);
         let pd = w.pd(me);
         let key = w.state.reg_mr(me, pd, 0, 10).expect("mr");
-        let shared = Shared::new(Settings::default()).expect("shared");
+        let shared = Shared::new(Settings::default(), crate::proof::Proofs::of_a_test()).expect("shared");
         shared.with(|state| *state = w.state);
 
         shared.with(|state| state.enter_copy(me.client, key, pd)).expect("alive");

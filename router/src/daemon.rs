@@ -17,6 +17,7 @@ use crate::admin_server::{Admin, make_dir};
 use crate::cluster::{Claim, ClusterError, Membership};
 use crate::config::{ConfigError, Settings};
 use crate::listener::{ListenError, Listener, SocketFile, Stop, accept_loop, listen};
+use crate::proof::Proofs;
 use crate::shared::Shared;
 use crate::state::NewContainer;
 use crate::{cm_hook, host, metrics};
@@ -104,7 +105,8 @@ impl Daemon {
         make_dir(dir, 0o700).map_err(system(format!("cannot make {}", dir.display())))?;
         let lock = lock(dir, &socket)?;
         check_descriptors(host::raise_descriptor_limit(), settings.descriptors());
-        let shared = Arc::new(Shared::new(settings).map_err(system("/dev/urandom"))?);
+        let proofs = Proofs::beside(dir).map_err(system(format!("secret in {}", dir.display())))?;
+        let shared = Arc::new(Shared::new(settings, proofs).map_err(system("/dev/urandom"))?);
         if let Some(membership) = Membership::start(&shared.settings)? {
             shared.cluster.get_or_init(|| membership);
         }

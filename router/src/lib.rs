@@ -14,6 +14,7 @@ mod identity;
 mod limiter;
 mod listener;
 mod metrics;
+mod proof;
 mod ps;
 mod quota;
 mod random;

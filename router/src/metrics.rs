@@ -116,7 +116,8 @@ mod tests {
     fn a_scrape_gets_the_page_and_others_an_error() {
         let address =
             TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port");
-        let shared = Arc::new(Shared::new(Settings::default()).expect("state"));
+        let shared =
+            Arc::new(Shared::new(Settings::default(), crate::proof::Proofs::of_a_test()).expect("state"));
         let stop = Arc::new(Stop::new().expect("eventfd"));
         let thread = start(address, shared, stop.clone()).expect("start");
         let page = ask(address, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");

@@ -59,6 +59,9 @@ const TABLE: &[Entry] = &[
     entry::<CopyMem>(),
     entry::<Ring>(),
     entry::<LeaseMrs>(),
+    entry::<Claim>(),
+    entry::<BringSlab>(),
+    entry::<Resumed>(),
 ];
 
 /// The handler of a kind.
@@ -83,8 +86,13 @@ fn done(result: Result<()>) -> Result<(Done, Fds)> {
     result.map(|()| (Done {}, vec![]))
 }
 
-fn id(result: Result<u32>) -> Result<(Id, Fds)> {
-    result.map(|id| (Id { id }, vec![]))
+fn id(session: &Session, what: u32, result: Result<u32>) -> Result<(Id, Fds)> {
+    Ok((proven(session, what, result?), vec![]))
+}
+
+/// An id, and what a later router will know it by.
+fn proven(session: &Session, what: u32, id: u32) -> Id {
+    Id { id, _pad: 0, proof: session.proof(what, id) }
 }
 
 /// The one descriptor of a request that has one; `Incoming::request` counted it.
@@ -94,25 +102,53 @@ fn only(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
 
 impl Handle for MakeSlab {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Id, Fds)> {
-        let owner = session.owner;
-        session.shared.with(|state| state.reserve_slab(owner, self.len))?;
-        match make_slab(self.len) {
-            Ok(slab) => {
-                let fd = slab.fd.clone();
-                let id = session.shared.with(|state| state.insert_slab(owner, slab));
-                Ok((Id { id }, vec![fd]))
-            }
-            Err(errno) => {
-                session.shared.with(|state| state.unreserve_slab(owner, self.len));
-                Err(Refusal::System { what: "queue memory", errno })
-            }
+        let (id, fd) = take_slab(session, self.len, || make_memfd("freeflow-slab", self.len))?;
+        Ok((proven(session, claim::OBJECT, id), vec![fd]))
+    }
+}
+
+impl Handle for BringSlab {
+    fn handle(self, session: &Session, fds: Vec<OwnedFd>) -> Result<(Id, Fds)> {
+        let fd = only(fds)?;
+        if !is_sealed_memfd(&fd) || rustix::fs::fstat(&fd).is_ok_and(|stat| stat.st_size as u64 != self.len) {
+            return Err(Refusal::Invalid("queue memory must be a sealed memfd of the length that is said"));
         }
+        id(session, claim::OBJECT, take_slab(session, self.len, || Ok(fd)).map(|(id, _)| id))
+    }
+}
+
+/// Enters queue memory, if the quota has room for it.
+fn take_slab(
+    session: &Session,
+    len: u64,
+    memory: impl FnOnce() -> rustix::io::Result<OwnedFd>,
+) -> Result<(u32, Arc<OwnedFd>)> {
+    let owner = session.owner;
+    session.shared.with(|state| state.reserve_slab(owner, len))?;
+    let slab = memory().and_then(|fd| fill_slab(fd, len)).map_err(Refusal::system("queue memory"));
+    let entered = slab.and_then(|slab| {
+        let fd = slab.fd.clone();
+        let id = session.shared.with(|state| state.insert_slab(owner, slab))?;
+        Ok((id, fd))
+    });
+    entered.inspect_err(|_| session.shared.with(|state| state.unreserve_slab(owner, len)))
+}
+
+impl Handle for Claim {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        let good = self.what == claim::KEY || self.proof == session.proof(self.what, self.id);
+        done(session.shared.with(|state| state.claim(session.owner, (self.what, self.id), good)))
+    }
+}
+
+impl Handle for Resumed {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.resumed(session.owner, session.shared.is_late())))
     }
 }
 
 /// A segment whose pages all exist: touching it never fails and never costs the toucher anything.
-fn make_slab(len: u64) -> rustix::io::Result<Slab> {
-    let fd = make_memfd("freeflow-slab", len)?;
+fn fill_slab(fd: OwnedFd, len: u64) -> rustix::io::Result<Slab> {
     rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, len)?;
     let map = Mapping::new(&fd, 0, len as usize, true)?;
     Ok(Slab { fd: Arc::new(fd), map })
@@ -126,7 +162,7 @@ impl Handle for AllocPd {
                 "a PD's memory must be a memfd sealed against shrinking and growing",
             ));
         }
-        id(session.shared.with(|state| state.alloc_pd(session.owner, fd)))
+        id(session, claim::OBJECT, session.shared.with(|state| state.alloc_pd(session.owner, fd)))
     }
 }
 
@@ -142,7 +178,7 @@ impl Handle for CreateChannel {
         if Bell::open(&bell).is_err() {
             return Err(Refusal::Invalid("a channel's bell must be a pipe that anybody may open anew"));
         }
-        id(session.shared.with(|state| state.create_channel(session.owner, bell)))
+        id(session, claim::OBJECT, session.shared.with(|state| state.create_channel(session.owner, bell)))
     }
 }
 
@@ -154,7 +190,11 @@ impl Handle for DestroyChannel {
 
 impl Handle for CreateCq {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Id, Fds)> {
-        id(session.shared.with(|state| state.create_cq(session.owner, self.channel, self.slab, self.off)))
+        id(
+            session,
+            claim::OBJECT,
+            session.shared.with(|state| state.create_cq(session.owner, self.channel, self.slab, self.off)),
+        )
     }
 }
 
@@ -190,7 +230,7 @@ impl Handle for CreateQp {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Id, Fds)> {
         let CreateQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit } = self;
         let new = NewQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit };
-        id(session.shared.with(|state| state.create_qp(session.owner, new)))
+        id(session, claim::QP, session.shared.with(|state| state.create_qp(session.owner, new)))
     }
 }
 

@@ -5,19 +5,22 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use freeflow_core::ctl::{Hello, HelloReply, Incoming, Request, Socket, SocketError, VERSION, purpose};
+use freeflow_core::ctl::{
+    Hello, HelloReply, Incoming, Request, Resume, Socket, SocketError, VERSION, purpose,
+};
 use freeflow_core::verbs::Gid;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use zerocopy::IntoBytes;
 
+use crate::directory::Tenant;
 use crate::identity::Peer;
 use crate::limiter::Limiter;
 use crate::refusal::Refusal;
 use crate::requests;
 use crate::shared::Shared;
-use crate::state::{Client, MrTable, Mrs, Owner};
+use crate::state::{Client, MrTable, Mrs, Owner, Resuming, State};
 
 /// Kinds of the connection manager's requests.
 pub const CM_KINDS: std::ops::RangeInclusive<u16> = 0x40..=0x7f;
@@ -67,6 +70,8 @@ pub struct Session {
     pub purpose: u32,
     pub socket: Arc<Socket>,
     peer: Peer,
+    /// Its container's name and tenant.
+    home: (String, Tenant),
 }
 
 /// Serves a connection that was admitted, until it ends.
@@ -137,63 +142,121 @@ fn greet(shared: &Arc<Shared>, container: u32, socket: Arc<Socket>) -> Result<Se
         errno => End::Identity(errno),
     })?;
     let message = next(&socket, &peer)?;
-    if message.header.kind != Hello::KIND {
-        return Err(SocketError::Malformed("the first message must be Hello").into());
-    }
-    let hello = message.request::<Hello>()?;
-    match join(shared, container, &socket, &peer, hello) {
-        Ok((owner, reply)) => {
-            send(&socket, Hello::KIND, &reply)?;
-            Ok(Session { shared: shared.clone(), owner, purpose: hello.purpose, socket, peer })
+    let kind = message.header.kind;
+    let greeting = Greeting::read(message)?;
+    let purpose = greeting.purpose;
+    match join(shared, container, &socket, &peer, greeting) {
+        Ok((owner, home, reply)) => {
+            send(&socket, kind, &reply)?;
+            Ok(Session { shared: shared.clone(), owner, purpose, socket, peer, home })
         }
         Err(refusal) => {
             // Whether it still hears it does not matter: the connection ends.
-            let _ = socket.refuse(Hello::KIND, refusal.errno());
+            let _ = socket.refuse(kind, refusal.errno());
             Err(End::Hello(refusal))
         }
     }
 }
 
-fn check_hello(hello: Hello) -> Result<(), Refusal> {
-    if hello.min_version > VERSION || hello.max_version < VERSION {
-        return Err(Refusal::Version { min: hello.min_version, max: hello.max_version });
+/// What a connection begins with: [`Hello`], or [`Resume`] and the client's MR table.
+struct Greeting {
+    versions: (u16, u16),
+    purpose: u32,
+    before: Option<(Resume, OwnedFd)>,
+}
+
+impl Greeting {
+    fn read(mut message: Incoming) -> Result<Self, SocketError> {
+        match message.header.kind {
+            Hello::KIND => {
+                let Hello { min_version, max_version, purpose } = message.request()?;
+                Ok(Greeting { versions: (min_version, max_version), purpose, before: None })
+            }
+            Resume::KIND => {
+                let resume: Resume = message.request()?;
+                let before = message.fds.pop().map(|table| (resume, table));
+                let versions = (resume.min_version, resume.max_version);
+                Ok(Greeting { versions, purpose: purpose::VERBS, before })
+            }
+            _ => Err(SocketError::Malformed("the first message must be Hello or Resume")),
+        }
     }
-    if hello.purpose != purpose::VERBS && hello.purpose != purpose::CM {
-        return Err(Refusal::Invalid("purpose of a connection"));
+
+    fn check(&self) -> Result<(), Refusal> {
+        let (min, max) = self.versions;
+        if min > VERSION || max < VERSION {
+            return Err(Refusal::Version { min, max });
+        }
+        if self.purpose != purpose::VERBS && self.purpose != purpose::CM {
+            return Err(Refusal::Invalid("purpose of a connection"));
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// The table of the client's memory regions, and the descriptor it is to get.
+    fn mr_table(&self) -> Result<(MrTable, Option<OwnedFd>), Refusal> {
+        let failed = Refusal::system("table of memory regions");
+        match &self.before {
+            Some((_, table)) => MrTable::brought(table).map(|table| (table, None)).map_err(failed),
+            None => MrTable::new().map(|(table, writable)| (table, Some(writable))).map_err(failed),
+        }
+    }
+}
+
+/// What numbers of clients are called where they are proven; objects' kinds are the protocol's.
+const CLIENT: u32 = u32::MAX;
+
+/// A client's id: the one it shows it had, or a new one.
+fn client_id(
+    shared: &Shared,
+    state: &mut State,
+    home: &(String, Tenant),
+    before: Option<&Resume>,
+) -> Result<u32, Refusal> {
+    let Some(resume) = before else { return state.new_client_id() };
+    let id = resume.client;
+    if shared.proofs.tag((&home.0, &home.1), CLIENT, id, 0) != resume.proof {
+        return Err(Refusal::Access("another process's client id"));
+    }
+    if state.clients.contains_key(&id) {
+        return Err(Refusal::Busy { what: "client id", id, by: "connection" });
+    }
+    Ok(id)
 }
 
 /// Makes a client of a connection that said hello.
 fn join(
-    shared: &Shared,
+    shared: &Arc<Shared>,
     container: u32,
     socket: &Arc<Socket>,
     peer: &Peer,
-    hello: Hello,
-) -> Result<(Owner, Reply), Refusal> {
-    check_hello(hello)?;
+    greeting: Greeting,
+) -> Result<(Owner, (String, Tenant), Reply), Refusal> {
+    greeting.check()?;
     let (event, theirs) = Socket::pair().map_err(Refusal::system("event socket"))?;
     let theirs = theirs.as_fd().try_clone_to_owned();
     let theirs = theirs.map_err(|_| Refusal::System { what: "event socket", errno: Errno::MFILE })?;
     let mut fds = vec![Arc::new(theirs)];
     let (mut memory, mut mr_table) = (Err(Errno::PERM), None);
-    if hello.purpose == purpose::VERBS {
-        let (table, writable) = MrTable::new().map_err(Refusal::system("table of memory regions"))?;
+    if greeting.purpose == purpose::VERBS {
+        let (table, writable) = greeting.mr_table()?;
         mr_table = Some(Arc::new(table));
-        fds.push(Arc::new(writable));
+        fds.extend(writable.map(Arc::new));
         memory = peer.open_memory().map(Arc::new);
     }
-    if let (purpose::VERBS, Err(errno)) = (hello.purpose, &memory) {
+    if let (purpose::VERBS, Err(errno)) = (greeting.purpose, &memory) {
         let pid = peer.pid;
         shared.log(container, || {
             format!("the memory of process {pid} cannot be opened ({errno}): only the direct path will work for it")
         });
     }
-    let (owner, vip) = shared.with(|state| {
-        let id = state.new_client_id()?;
-        let home = state.containers.get(&container).filter(|c| !c.leaving);
-        let vip = home.ok_or(Refusal::NoSuch { what: "container", id: container })?.vip;
+    let before = greeting.before.as_ref().map(|(resume, _)| resume);
+    let resuming = before.map_or(Resuming::No, |_| Resuming::Open { claimed: None });
+    let (owner, vip, home) = shared.with(|state| {
+        let found = state.containers.get(&container).filter(|c| !c.leaving);
+        let found = found.ok_or(Refusal::NoSuch { what: "container", id: container })?;
+        let (vip, home) = (found.vip, (found.name.clone(), found.tenant.clone()));
+        let id = client_id(shared, state, &home, before)?;
         let client = Client {
             id,
             container,
@@ -208,11 +271,15 @@ fn join(
             met: Default::default(),
             key_failures: Limiter::new(256, 32),
             key_failures_total: 0,
+            resuming,
         };
         let owner = client.owner();
         state.clients.insert(id, client);
-        Ok::<_, Refusal>((owner, vip))
+        Ok::<_, Refusal>((owner, vip, home))
     })?;
+    if resuming != Resuming::No {
+        Shared::await_peers(shared);
+    }
     let reply = HelloReply {
         version: VERSION,
         _pad: 0,
@@ -220,8 +287,9 @@ fn join(
         vip: Gid::of(vip).0,
         boot: shared.boot,
         limits: requests::limits(&shared.settings),
+        proof: shared.proofs.tag((&home.0, &home.1), CLIENT, owner.client, 0),
     };
-    Ok((owner, Reply { body: reply.as_bytes().to_vec(), fds }))
+    Ok((owner, home, Reply { body: reply.as_bytes().to_vec(), fds }))
 }
 
 fn send(socket: &Socket, kind: u16, reply: &Reply) -> Result<(), SocketError> {
@@ -231,6 +299,11 @@ fn send(socket: &Socket, kind: u16, reply: &Reply) -> Result<(), SocketError> {
 }
 
 impl Session {
+    /// What shows a later router that this client had `number`.
+    pub fn proof(&self, kind: u32, number: u32) -> u64 {
+        self.shared.proofs.tag((&self.home.0, &self.home.1), kind, self.owner.client, number)
+    }
+
     fn run(&self) -> End {
         if self.purpose == purpose::CM {
             crate::cm_hook::join(&self.shared, self.owner);

@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,8 +18,12 @@ use crate::cluster::{Claim, Home, Membership};
 use crate::cm;
 use crate::config::Settings;
 use crate::directory::Tenant;
+use crate::proof::Proofs;
 use crate::random::Random;
 use crate::state::{Notice, Outbox, State};
+
+/// Clients of an earlier router are back by then, or do not live any more. They look every quarter of a second.
+const RETURN: Duration = Duration::from_secs(5);
 
 /// What all threads of the daemon share.
 #[derive(Debug)]
@@ -28,6 +33,10 @@ pub struct Shared {
     ended: Condvar,
     /// Random per start of the router.
     pub boot: u64,
+    started: Instant,
+    /// Somebody came back from an earlier router: its peers are waited for.
+    awaiting: AtomicBool,
+    pub proofs: Proofs,
     pub settings: Arc<Settings>,
     /// The connection manager, once it is started.
     pub cm: OnceLock<cm::Service>,
@@ -36,7 +45,7 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(settings: Settings) -> std::io::Result<Self> {
+    pub fn new(settings: Settings, proofs: Proofs) -> std::io::Result<Self> {
         let mut random = Random::new()?;
         let boot = u64::from(random.next_u32()?) << 32 | u64::from(random.next_u32()?);
         let settings = Arc::new(settings);
@@ -45,10 +54,33 @@ impl Shared {
             state,
             ended: Condvar::new(),
             boot,
+            started: Instant::now(),
+            awaiting: AtomicBool::new(false),
+            proofs,
             settings,
             cm: OnceLock::new(),
             cluster: OnceLock::new(),
         })
+    }
+
+    /// Is the time over in which clients of an earlier router come back?
+    pub fn is_late(&self) -> bool {
+        self.started.elapsed() >= RETURN
+    }
+
+    /// Gives up, when it is late, those that have not come back by then.
+    pub fn await_peers(shared: &Arc<Self>) {
+        if shared.awaiting.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (left, weak) = (RETURN.saturating_sub(shared.started.elapsed()), Arc::downgrade(shared));
+        let wait = move || {
+            std::thread::sleep(left);
+            weak.upgrade().inspect(|shared| shared.with(State::give_up_missing));
+        };
+        if let Err(error) = std::thread::Builder::new().name("return".into()).spawn(wait) {
+            tracing::warn!("cannot start a thread: peers that died meanwhile are not told of: {error}");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -3,6 +3,7 @@
 mod support;
 
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
@@ -12,6 +13,7 @@ use freeflow_core::verbs::QpType;
 use freeflow_router::admin::{self, Add};
 use freeflow_router::config::Settings;
 use freeflow_router::daemon::Daemon;
+use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use support::*;
 
@@ -157,5 +159,58 @@ fn sigterm_ends_the_daemon_and_its_files() {
     assert!(daemon.wait().expect("wait").success());
     assert!(matches!(client.socket.recv(RecvFlags::empty()), Err(SocketError::Closed)));
     assert!(!socket.exists() && !c1.socket.exists());
-    std::fs::remove_dir(&dir).expect("nothing was left in it");
+    std::fs::remove_file(dir.join("router.secret")).expect("it is for the next router");
+    std::fs::remove_dir(&dir).expect("nothing else was left in it");
+}
+
+/// What a client of one router says to the next.
+fn resume(
+    client: &Client,
+    socket: &std::path::Path,
+    change: impl Fn(&mut Resume),
+) -> Result<Socket, SocketError> {
+    let again = connect(socket);
+    let table = freeflow_core::shm::make_owned_memfd("table", client.table.len() as u64).expect("memfd");
+    let HelloReply { client, proof, .. } = client.hello;
+    let mut resume = Resume { min_version: VERSION, max_version: VERSION, client, proof };
+    change(&mut resume);
+    again.call(&resume, &[table.as_fd()])?;
+    Ok(again)
+}
+
+#[test]
+fn only_who_had_it_resumes() {
+    let mut rig = Rig::new();
+    let dir = rig.dir.join("given");
+    std::fs::create_dir(&dir).expect("directory");
+    let c1 =
+        rig.admin().add(Add { name: "c1".into(), dir: Some(dir.clone()), ..Add::default() }).expect("add");
+    let (ours, theirs) = (Client::at(&c1.socket), rig.client());
+    let pd =
+        ours.socket.call(&AllocPd {}, &[freeflow_core::shm::make_memfd("pd", 4096).expect("memfd").as_fd()]);
+    let pd = pd.expect("AllocPd").0;
+    assert_eq!(refusal(resume(&ours, &c1.socket, |_| ())), Errno::BUSY, "it is there");
+    rig.daemon.take();
+    rig.daemon = Some(Daemon::start(&rig.socket(), Settings::default()).expect("restart"));
+    assert_eq!(
+        refusal(resume(&ours, &rig.socket(), |_| ())),
+        Errno::ACCESS,
+        "through another container's socket"
+    );
+    assert_eq!(refusal(resume(&theirs, &c1.socket, |_| ())), Errno::ACCESS);
+    assert_eq!(refusal(resume(&ours, &c1.socket, |r| r.client ^= 1)), Errno::ACCESS);
+    assert_eq!(refusal(resume(&ours, &c1.socket, |r| r.proof ^= 1)), Errno::ACCESS);
+    let again = resume(&ours, &c1.socket, |_| ()).expect("its own");
+    let claim = |id, proof| again.call(&Claim { what: claim::OBJECT, id, proof }, &[]);
+    assert_eq!(refusal(claim(pd.id ^ 1, pd.proof)), Errno::ACCESS);
+    claim(pd.id, pd.proof).expect("its own");
+    let memory = freeflow_core::shm::make_memfd("pd", 4096).expect("memfd");
+    assert_eq!(again.call(&AllocPd {}, &[memory.as_fd()]).expect("AllocPd").0, pd);
+    let huge = again.call(&BringSlab { len: 8192 }, &[memory.as_fd()]);
+    assert_eq!(refusal(huge), Errno::INVAL, "not of that length");
+    again.call(&Resumed {}, &[]).expect("done");
+    assert_eq!(refusal(claim(pd.id, pd.proof)), Errno::INVAL, "too late");
+    drop((again, ours, theirs));
+    rig.admin().rm("c1").expect("rm");
+    std::fs::remove_dir(&dir).expect("empty");
 }

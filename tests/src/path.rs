@@ -204,19 +204,32 @@ impl Host {
         let dir = env::temp_dir().join(format!("freeflow-conformance-{}-{number}", process::id()));
         fs::create_dir(&dir)?;
         fs::write(dir.join("router.toml"), config)?;
-        let log = fs::File::create(dir.join("router.log"))?;
-        let mut command = Command::new(tree.freeflow());
-        command.args([OsStr::new("router"), OsStr::new("--socket"), dir.join("router.sock").as_os_str()]);
-        command.arg("--config").arg(dir.join("router.toml"));
-        command.arg("--ready-on-stdout").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
-        let router = command.spawn().inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
+        let router = spawn_router(tree, &dir).inspect_err(|_| drop(fs::remove_dir_all(&dir)))?;
         let mut host = Self { tree: tree.clone(), dir, router };
-        let mut ready = [0];
-        let stdout = host.router.stdout.take();
-        if stdout.is_none_or(|mut pipe| pipe.read_exact(&mut ready).is_err()) {
-            return Err(io::Error::other(format!("the router did not start:\n{}", host.log())));
-        }
+        host.await_router()?;
         Ok(host)
+    }
+
+    /// Waits until the router serves.
+    fn await_router(&mut self) -> io::Result<()> {
+        let mut ready = [0];
+        let stdout = self.router.stdout.take();
+        if stdout.is_none_or(|mut pipe| pipe.read_exact(&mut ready).is_err()) {
+            return Err(io::Error::other(format!("the router did not start:\n{}", self.log())));
+        }
+        Ok(())
+    }
+
+    /// Ends the router at once, as SIGKILL does.
+    pub fn kill_router(&mut self) -> io::Result<()> {
+        self.router.kill()?;
+        self.router.wait().map(drop)
+    }
+
+    /// Starts another one in its place, and waits until it serves.
+    pub fn start_router_again(&mut self) -> io::Result<()> {
+        self.router = spawn_router(&self.tree, &self.dir)?;
+        self.await_router()
     }
 
     /// What the router logged.
@@ -246,6 +259,14 @@ impl Host {
         command.arg("run").arg("--router").arg(self.socket()).arg("--").arg(program);
         command
     }
+}
+
+fn spawn_router(tree: &Tree, dir: &FsPath) -> io::Result<Child> {
+    let log = fs::OpenOptions::new().create(true).append(true).open(dir.join("router.log"))?;
+    let mut command = Command::new(tree.freeflow());
+    command.args([OsStr::new("router"), OsStr::new("--socket"), dir.join("router.sock").as_os_str()]);
+    command.arg("--config").arg(dir.join("router.toml"));
+    command.arg("--ready-on-stdout").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn()
 }
 
 impl Drop for Host {

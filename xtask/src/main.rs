@@ -55,6 +55,8 @@ enum Soak {
     Kill(safety::Kill),
     /// A neighbour of the same tenant that scribbles over all it was given, and mutated control messages
     Hostile(safety::Hostile),
+    /// The router killed and started again at random instants under load
+    Restart(safety::Restart),
     /// Deregistration while a copier is stopped at each of its steps
     Revoke(safety::Revoke),
 }
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
         Command::Soak(Soak::Fresh) => soak::fresh(),
         Command::Soak(Soak::Kill(args)) => safety::kill(&args),
         Command::Soak(Soak::Hostile(args)) => safety::hostile(&args),
+        Command::Soak(Soak::Restart(args)) => safety::restart(&args),
         Command::Soak(Soak::Revoke(args)) => safety::revoke(&args),
         Command::Bench(options) => bench::run(&options),
     };

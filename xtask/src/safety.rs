@@ -35,6 +35,16 @@ pub struct Hostile {
     seed: Option<u64>,
 }
 
+/// Of `soak restart`.
+#[derive(Debug, Args)]
+pub struct Restart {
+    #[arg(long, default_value_t = 300)]
+    rounds: u32,
+    /// What a failing run printed
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
 /// Of `soak revoke`.
 #[derive(Debug, Args)]
 pub struct Revoke {
@@ -49,9 +59,10 @@ pub struct Revoke {
 /// The longest soak, with room for a busy machine.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 /// What `cargo xtask test` runs.
-const SHORT: [(&str, &[&str]); 3] = [
+const SHORT: [(&str, &[&str]); 4] = [
     ("soak kill", &["kill", "--rounds", "50", "--lenient"]),
     ("soak hostile", &["hostile", "--seconds", "60"]),
+    ("soak restart", &["restart", "--rounds", "12", "--lenient"]),
     ("soak revoke", &["revoke", "--samples", "10"]),
 ];
 
@@ -75,6 +86,10 @@ pub fn hostile(args: &Hostile) -> Result<ExitCode> {
     cargo.envs(args.seed.map(|seed| ("FF_TEST_SEED", seed.to_string())));
     process::must(&mut cargo, LIMIT)?;
     long(&["hostile", "--seconds", &args.seconds.to_string()], args.seed)
+}
+
+pub fn restart(args: &Restart) -> Result<ExitCode> {
+    long(&["restart", "--rounds", &args.rounds.to_string()], args.seed)
 }
 
 pub fn revoke(args: &Revoke) -> Result<ExitCode> {

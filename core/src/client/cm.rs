@@ -11,12 +11,13 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
 use crate::ctl::cm::*;
-use crate::ctl::{Request, Socket, SocketError, purpose};
+use crate::ctl::{Socket, SocketError, purpose};
 use crate::error::{Error, Result};
 use crate::verbs::Gid;
 
 use super::conn::{Conn, Opened};
 use super::fork;
+use super::ledger::Record;
 
 /// A process's line to the connection manager.
 #[derive(Debug)]
@@ -158,7 +159,7 @@ impl CmId {
         self.ask(&CmEstablish { id: self.number, _pad: 0 })
     }
 
-    fn ask<T: Request>(&self, request: &T) -> Result<()> {
+    fn ask<T: Record>(&self, request: &T) -> Result<()> {
         self.cm.conn.ask(request).map(drop)
     }
 }

@@ -56,6 +56,7 @@ impl Context {
         let map = map.map_err(Error::system("mmap of the MR table"))?;
         // Peers get it for reading. Linux before 5.1 does not know the seal: there, a peer that is root can write it.
         let _ = seal_for_owner(&table);
+        conn.keep_table(table);
         let table = Arc::new(map);
         table.dont_fork();
         let mrs = View::new(table, 0, MR_SLOTS).ok_or(Error::Invalid("MR table size"))?;

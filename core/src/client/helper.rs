@@ -17,6 +17,7 @@ use crate::ctl::{
 };
 use crate::error::{Error, Result};
 
+use super::conn::Return;
 use super::context::Context;
 use super::events::{AsyncEvent, AsyncKind};
 use super::fork;
@@ -35,7 +36,8 @@ pub struct Helper {
 
 #[derive(Debug)]
 struct Shared {
-    events: Socket,
+    /// None while there is no router.
+    events: Mutex<Option<Arc<Socket>>>,
     bell: OwnedFd,
     stop: AtomicBool,
     /// It looks at stalled queues by itself: no need to ring.
@@ -47,7 +49,9 @@ impl Helper {
         let bell =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::system("eventfd"))?;
         fork::neutralize_in_child(bell.as_fd());
-        let shared = Shared { events, bell, stop: AtomicBool::new(false), watching: AtomicBool::new(false) };
+        let (events, stop, watching) =
+            (Mutex::new(Some(Arc::new(events))), AtomicBool::new(false), AtomicBool::new(false));
+        let shared = Shared { events, bell, stop, watching };
         Ok(Helper { shared: Arc::new(shared), birth: fork::Birth::now(), thread: Mutex::new(None) })
     }
 
@@ -86,7 +90,7 @@ impl Helper {
     /// Ends the thread and waits for it.
     pub fn stop(&self) {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        fork::forget(self.shared.events.as_fd());
+        self.shared.change_events(None);
         fork::forget(self.shared.bell.as_fd());
         let Some(thread) = thread else { return };
         if self.birth.is_inherited() {
@@ -131,28 +135,92 @@ impl Drop for SignalMask {
     }
 }
 
+impl Shared {
+    fn events(&self) -> Option<Arc<Socket>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn change_events(&self, new: Option<Socket>) {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(old) = std::mem::replace(&mut *events, new.map(Arc::new)) {
+            fork::forget(old.as_fd());
+        }
+    }
+}
+
+/// When to look for a router again: soon after the last one went, and less and less often.
+#[derive(Debug, Clone, Copy)]
+struct Search {
+    next: Instant,
+    pause: Duration,
+}
+
+/// The first and the longest pause between two looks.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(250));
+
+impl Search {
+    fn begin() -> Self {
+        Search { next: Instant::now(), pause: PAUSES.0 }
+    }
+
+    fn again(self) -> Self {
+        Search { next: Instant::now() + self.pause, pause: PAUSES.1.min(self.pause * 2) }
+    }
+}
+
 fn run(shared: &Shared, context: &Weak<Context>) {
     let mut timeout = None;
-    let mut router = true;
+    let mut search = None;
     while !shared.stop.load(Ordering::Acquire) {
-        let mut fds = [PollFd::new(&shared.bell, PollFlags::IN), PollFd::new(&shared.events, PollFlags::IN)];
-        let fds = if router { &mut fds[..] } else { &mut fds[..1] };
+        let events = shared.events();
+        let mut fds = vec![PollFd::new(&shared.bell, PollFlags::IN)];
+        fds.extend(events.as_ref().map(|events| PollFd::new(&**events, PollFlags::IN)));
         let spec = timeout
             .map(|t: Duration| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
-        let _ = poll(fds, spec.as_ref());
-        let (rung, heard) = (!fds[0].revents().is_empty(), router && !fds[1].revents().is_empty());
+        let _ = poll(&mut fds, spec.as_ref());
+        let (rung, heard) =
+            (!fds[0].revents().is_empty(), fds[1..].iter().any(|fd| !fd.revents().is_empty()));
         if rung {
             let _ = rustix::io::read(&shared.bell, &mut [0u8; 8]);
         }
         let Some(context) = context.upgrade() else { return };
-        if heard && !hear(shared, &context) {
-            router_gone(&context);
-            router = false;
+        if let Some(events) = events.filter(|events| heard && !hear(events, &context)) {
+            drop(events);
+            shared.change_events(None);
+            context.conn.lose_router();
+            search = Some(Search::begin());
         }
+        search = search.and_then(|search| look_for_router(shared, &context, search));
         timeout = watch(shared, &context, rung);
-        if !router && context.stalled.any() {
-            // Nobody is left to tell of a receive or of the peer.
+        let alone = shared.events().is_none();
+        if alone && context.stalled.any() {
+            // Nobody is there to tell of a receive or of the peer.
             timeout = Some(timeout.map_or(GRACE, |t| t.min(GRACE)));
+        }
+        if let Some(Search { next, .. }) = search {
+            let left = next.saturating_duration_since(Instant::now());
+            timeout = Some(timeout.map_or(left, |t| t.min(left)));
+        }
+    }
+}
+
+/// One look, if it is time: existing direct connections go on meanwhile, and whatever needs the router waits or fails.
+fn look_for_router(shared: &Shared, context: &Arc<Context>, search: Search) -> Option<Search> {
+    if Instant::now() < search.next {
+        return Some(search);
+    }
+    match context.conn.look_for_router() {
+        Return::NotYet => Some(search.again()),
+        Return::Back { events, lost } => {
+            shared.change_events(Some(events));
+            lost.into_iter().filter_map(|qpn| context.qp(qpn)).for_each(|qp| qp.orphan());
+            // What peers did meanwhile was told to nobody.
+            context.all_qps().iter().for_each(|qp| qp.peer_changed());
+            None
+        }
+        Return::Over => {
+            context.events.push(AsyncEvent { kind: AsyncKind::DeviceFatal, cookie: 0 });
+            None
         }
     }
 }
@@ -165,7 +233,7 @@ fn watch(shared: &Shared, context: &Arc<Context>, fresh: bool) -> Option<Duratio
     let seen = context.stalled.generation();
     let now = Instant::now();
     let soonest = context.stalled.progress().into_iter().filter_map(|wait| match wait {
-        Stall::None => None,
+        Stall::None | Stall::Later => None,
         Stall::More => Some(Duration::ZERO),
         Stall::Rnr { deadline } | Stall::Absent { deadline } => {
             Some(deadline?.saturating_duration_since(now))
@@ -184,9 +252,9 @@ fn watch(shared: &Shared, context: &Arc<Context>, fresh: bool) -> Option<Duratio
 }
 
 /// Takes the router's events in. False: the router is gone.
-fn hear(shared: &Shared, context: &Arc<Context>) -> bool {
+fn hear(events: &Socket, context: &Arc<Context>) -> bool {
     loop {
-        match shared.events.recv(RecvFlags::DONTWAIT) {
+        match events.recv(RecvFlags::DONTWAIT) {
             Ok(event) => act(&event, context),
             Err(SocketError::System(_, rustix::io::Errno::AGAIN)) => return true,
             Err(_) => return false,
@@ -210,9 +278,4 @@ fn act(event: &Incoming, context: &Arc<Context>) {
     } else if let Some(ClientGone { client }) = event.event() {
         context.peers.forget(client);
     }
-}
-
-/// The router died: existing direct connections go on, everything that needs it fails with EIO.
-fn router_gone(context: &Arc<Context>) {
-    context.events.push(AsyncEvent { kind: AsyncKind::DeviceFatal, cookie: 0 });
 }

@@ -14,6 +14,7 @@ mod fork;
 mod helper;
 mod keys;
 mod lanes;
+mod ledger;
 mod lock;
 pub mod mem;
 mod path;

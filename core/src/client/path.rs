@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use crate::ctl::{CopyMem, Ring, ring};
+use crate::error::Error;
 use crate::exec::{FarCopy, PeerMemory, Reach};
 use crate::ring::MrEntry;
 use crate::shm::{Mapping, PAGE, SharedBytes};
@@ -127,7 +128,12 @@ impl PeerMemory for Bound<'_> {
             remote: copy.remote,
             len: copy.len,
         };
-        self.conn.ask(&request).map(|_| ()).map_err(|e| e.errno())
+        match self.conn.ask(&request) {
+            Ok(_) => Ok(()),
+            // No router, or one to which the peer has not come back yet.
+            Err(Error::Away(_) | Error::Refused { errno: Errno::NOTCONN, .. }) => Err(Errno::AGAIN),
+            Err(error) => Err(error.errno()),
+        }
     }
 
     fn bell(&mut self) {

@@ -12,7 +12,10 @@ use crate::shm::{Mapping, PAGE};
 
 use super::conn::Conn;
 
+/// The smallest slab. Each costs a descriptor here and in the router, so they grow with what there is.
 const SLAB: u64 = 256 * 1024;
+/// A new slab is at least this part of all that are there.
+const GROWTH: u64 = 4;
 const ALIGN: u64 = 64;
 
 /// What a block holds.
@@ -38,6 +41,8 @@ struct Pool {
     free: HashMap<(BlockKind, u64), Vec<Block>>,
     /// The newest slab, its name, and where its unused rest begins.
     current: Option<(Arc<Mapping>, u32, u64)>,
+    /// Bytes of all slabs.
+    total: u64,
 }
 
 /// All queue memory of a context.
@@ -54,7 +59,11 @@ impl Slabs {
         }
         let room = pool.current.as_ref().map_or(0, |(map, _, used)| map.len() as u64 - used);
         if room < len {
-            pool.current = Some(grow(conn, len)?);
+            let slab = grow(conn, len.max(SLAB).max(pool.total / GROWTH).next_multiple_of(PAGE));
+            // Where the quota has no room for so much, maybe for what is needed.
+            let slab = slab.or_else(|_| grow(conn, len.next_multiple_of(PAGE)))?;
+            pool.total += slab.0.len() as u64;
+            pool.current = Some(slab);
         }
         let Some((map, slab, used)) = pool.current.as_mut() else {
             return Err(Error::NoRoom("queue memory"));
@@ -72,7 +81,6 @@ impl Slabs {
 }
 
 fn grow(conn: &Conn, len: u64) -> Result<(Arc<Mapping>, u32, u64)> {
-    let len = len.max(SLAB).next_multiple_of(PAGE);
     let (reply, fds) = conn.call(&MakeSlab { len }, &[])?;
     let fd = fds.first().ok_or_else(|| Error::Disconnected("no memory came with MakeSlab".into()))?;
     let map = Mapping::new(fd, 0, len as usize, true).map_err(Error::system("mmap of queue memory"))?;

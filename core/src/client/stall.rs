@@ -19,6 +19,8 @@ pub enum Stall {
     Rnr { deadline: Option<Instant> },
     /// The peer does not answer; give up at the deadline.
     Absent { deadline: Option<Instant> },
+    /// The router is needed, and away, or the peer has not come back to it: they say when they are there.
+    Later,
 }
 
 /// The stalled send queues of a context.

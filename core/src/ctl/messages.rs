@@ -105,10 +105,28 @@ body! {
         /// Random per router start: a client that sees it change has met another router.
         boot: u64,
         limits: Limits,
+        /// What shows a later router that `client` is this process's: see [`Resume`].
+        proof: u64,
     }
 }
 
-body! { Id { id: u32, } }
+body! {
+    /// An object's id, and what shows a later router that it is its asker's: see [`Claim`].
+    Id {
+        id: u32,
+        _pad: u32,
+        proof: u64,
+    }
+}
+
+/// [`Claim::what`]: the kind of number that the next request is to get.
+pub mod claim {
+    /// A slab, PD, channel or CQ: one space of ids.
+    pub const OBJECT: u32 = 0;
+    pub const QP: u32 = 1;
+    /// A memory region's key: the client's own table holds it, so it needs no proof.
+    pub const KEY: u32 = 2;
+}
 
 body! {
     MrReply {
@@ -206,6 +224,16 @@ requests! {
     /// As many [`RegMr`]s as the quota has plenty for, at least one and at most [`LEASED_KEYS`], each accounted for `len`
     /// bytes. Each ends with a [`DeregMr`].
     18 LeaseMrs [0] { pd: u32, _pad: u32, len: u64, } -> LeaseReply;
+    /// Instead of [`Hello`], to a router that has taken the place of the one that gave `client` and `proof`: the same
+    /// process goes on under the same id. The fd is its MR table. What it had is said again by ordinary requests,
+    /// each after a [`Claim`], and [`Resumed`] ends that. Refused (EACCES, EBUSY), it must begin anew.
+    0x20 Resume [1] { min_version: u16, max_version: u16, client: u32, proof: u64, } -> HelloReply;
+    /// The object that the next request makes gets this number again; only between Resume and Resumed.
+    0x21 Claim [0] { what: u32, id: u32, proof: u64, } -> Done;
+    /// [`MakeSlab`] with the memory that an earlier router made.
+    0x22 BringSlab [1] { len: u64, } -> Id;
+    /// That was all. Who is connected to a process that does not come back hears of it ([`PeerGone`]).
+    0x23 Resumed [0] {} -> Done;
 }
 
 /// [`CopyMem::kind`]: direction, and the right that `key` must grant there. Refusals: EACCES (key, right, PD or bounds; or

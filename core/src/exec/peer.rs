@@ -54,7 +54,7 @@ pub struct FarCopy {
 pub trait PeerMemory {
     /// Finds `[va, va+len)` (the peer's addresses, inside the MR behind `entry`, `len` > 0).
     fn reach(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Reach;
-    /// Has somebody else copy.
+    /// Has somebody else copy; EAGAIN where nobody can at this time.
     fn far(&mut self, copy: FarCopy) -> Result<(), Errno>;
     /// Rings the bell of the peer's receive CQ.
     fn bell(&mut self);

@@ -1,5 +1,7 @@
 //! Moving bytes between two lists of segments, from any point on, a bounded amount at a time.
 
+use rustix::io::Errno;
+
 use crate::ring::MrEntry;
 use crate::shm::{LocalBytes, copy_in, copy_out};
 use crate::verbs::limits;
@@ -33,9 +35,14 @@ pub struct Direction {
     pub far_kind: u32,
 }
 
-/// The key died, or the bytes could not be reached.
+/// Why bytes were not moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Unreachable;
+pub enum Unreachable {
+    /// The key died, or there is nothing at its address.
+    Gone,
+    /// Who has to copy them is away.
+    Later,
+}
 
 /// Moves bytes `[from, from+budget)` of the concatenated lists; both hold at least that many unless the local one ends.
 /// Returns how many were moved.
@@ -114,8 +121,11 @@ fn move_one<M: PeerMemory>(
                 remote: remote.iova.wrapping_add(offset),
                 len,
             };
-            memory.far(copy).map_err(|_| Unreachable)?;
-            Ok(len)
+            match memory.far(copy) {
+                Ok(()) => Ok(len),
+                Err(Errno::AGAIN) => Err(Unreachable::Later),
+                Err(_) => Err(Unreachable::Gone),
+            }
         }
     }
 }

@@ -38,6 +38,8 @@ pub enum Outcome {
     Rnr,
     /// The peer does not serve requests: like a packet nobody answers.
     Absent,
+    /// Who has to copy some of it is away.
+    Later,
 }
 
 impl Outcome {
@@ -255,7 +257,11 @@ fn finish<'a, M: PeerMemory>(
     memory: &mut M,
 ) -> Result<Option<Claim<'a>>, Outcome> {
     match moved {
-        Err(Unreachable) => {
+        Err(Unreachable::Later) => {
+            progress.claim = claim.map(Claim::suspend);
+            Err(Outcome::Later)
+        }
+        Err(Unreachable::Gone) => {
             if let Some(claim) = claim {
                 give_back(claim, peer, memory);
             }

@@ -123,7 +123,7 @@ fn reply(socket: &Socket, kind: u16, answer: Answer, end: Option<&Socket>) -> Re
     let send = |body: &[u8]| socket.send(kind, 0, body, &fds, SendFlags::DONTWAIT);
     match answer {
         Answer::Done => send(Done::default().as_bytes()),
-        Answer::Id(id) | Answer::Channel(id) => send(Id { id }.as_bytes()),
+        Answer::Id(id) | Answer::Channel(id) => send(Id { id, ..Id::default() }.as_bytes()),
         Answer::Dropped { dropped, .. } => send(dropped.as_bytes()),
         Answer::Addr(addr) => send(addr.as_bytes()),
         Answer::Next { event, .. } => send(event.as_bytes()),

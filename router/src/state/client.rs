@@ -9,6 +9,7 @@ use freeflow_core::ctl::Socket;
 use freeflow_core::shm::{self, Mapping};
 
 use super::mr::Mrs;
+use super::resume::Resuming;
 use super::table::Owner;
 use crate::limiter::Limiter;
 
@@ -28,6 +29,17 @@ impl MrTable {
         let read_only = shm::reopen_read_only(&fd)?;
         let map = Mapping::new(&read_only, 0, len, false)?;
         Ok((MrTable { read_only: Arc::new(read_only), map }, fd))
+    }
+
+    /// The table that an earlier router made.
+    pub fn brought(fd: &OwnedFd) -> rustix::io::Result<Self> {
+        let len = freeflow_core::ring::MR_SLOTS * size_of::<freeflow_core::ring::MrEntry>();
+        if !shm::is_sealed_memfd(fd) || rustix::fs::fstat(fd)?.st_size as usize != len {
+            return Err(rustix::io::Errno::INVAL);
+        }
+        let read_only = shm::reopen_read_only(fd)?;
+        let map = Mapping::new(&read_only, 0, len, false)?;
+        Ok(MrTable { read_only: Arc::new(read_only), map })
     }
 }
 
@@ -62,6 +74,7 @@ pub struct Client {
     /// Failures of keys.
     pub key_failures: Limiter,
     pub key_failures_total: u64,
+    pub resuming: Resuming,
 }
 
 impl Client {

@@ -28,6 +28,9 @@ impl State {
         let peer = self.find_peer(owner, qpn, dest_qpn, gid)?.ok_or(Refusal::NoPeer)?;
         let (them, qp) = self.qps.get(peer).ok_or(Refusal::NoPeer)?;
         let (peer_client, peer_pd) = (them.client, qp.pd);
+        if self.is_resuming(peer_client) {
+            return Err(Refusal::NoPeer); // its keys are not all back
+        }
         let reach = |client: u32| {
             let memory = self.client(client)?.memory.clone();
             let closed =

@@ -11,11 +11,12 @@ mod mr;
 mod objects;
 mod peers;
 mod qp;
+mod resume;
 mod table;
 #[cfg(test)]
 pub(crate) mod testing;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -30,6 +31,7 @@ pub use copies::CopyPlan;
 pub use mr::{Mr, Mrs};
 pub use objects::{Channel, Cq, Pd, Slab};
 pub use qp::{Link, NewQp, Qp};
+pub use resume::Resuming;
 pub use table::{Owner, Table};
 
 use crate::config::Settings;
@@ -90,6 +92,8 @@ pub struct State {
     pub cqs: Table<Cq>,
     pub qps: Table<Qp>,
     pub outbox: Outbox,
+    /// Queue pairs that were connected under an earlier router, and whose peers have not come back.
+    awaiting: HashSet<u32>,
     random: Random,
     next_connection: u64,
     next_container: u32,
@@ -98,7 +102,10 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(settings: Arc<Settings>, random: Random) -> Self {
+    pub fn new(settings: Arc<Settings>, mut random: Random) -> Self {
+        // Somewhere else than an earlier router, whose clients may come back with theirs.
+        let mut start = || random.next_u32().unwrap_or(0);
+        let (next_client, next_object) = (start() % (CLIENT_IDS - 1) + 1, start().max(1));
         State {
             settings,
             containers: BTreeMap::new(),
@@ -111,11 +118,12 @@ impl State {
             cqs: Table::new("completion queue"),
             qps: Table::new("queue pair"),
             outbox: Outbox::default(),
+            awaiting: HashSet::new(),
             random,
             next_connection: 1,
             next_container: 1,
-            next_client: 1,
-            next_object: 1,
+            next_client,
+            next_object,
         }
     }
 
@@ -240,18 +248,25 @@ impl State {
     }
 
     /// An id no slab, PD, channel or CQ has. Peers know objects by id, so it is unique on the host.
-    fn new_object_id(&mut self) -> u32 {
+    fn new_object_id(&mut self, owner: Owner) -> Result<u32> {
+        if let Some(id) = self.claimed(owner.client, resume::OBJECT) {
+            let taken = Refusal::Busy { what: "object id", id, by: "new object" };
+            return if self.is_object(id) { Err(taken) } else { Ok(id) };
+        }
         loop {
             let id = self.next_object;
             self.next_object = id.checked_add(1).unwrap_or(1);
-            let used = self.slabs.contains(id)
-                || self.pds.contains(id)
-                || self.channels.contains(id)
-                || self.cqs.contains(id);
-            if !used {
-                return id;
+            if !self.is_object(id) {
+                return Ok(id);
             }
         }
+    }
+
+    fn is_object(&self, id: u32) -> bool {
+        self.slabs.contains(id)
+            || self.pds.contains(id)
+            || self.channels.contains(id)
+            || self.cqs.contains(id)
     }
 
     fn random(&mut self) -> Result<u32> {

@@ -27,8 +27,25 @@ pub struct Mrs {
 }
 
 impl Mrs {
+    /// The key that a region had under an earlier router.
+    pub fn adopt(&mut self, key: u32, mr: Mr) -> Result<u32> {
+        let slot = key as u16;
+        if key >> 16 == 0 || usize::from(slot) >= MR_SLOTS {
+            return Err(Refusal::Invalid("a key that no router gives"));
+        }
+        if self.by_slot.contains_key(&slot) {
+            return Err(Refusal::Busy { what: "slot of key", id: key, by: "memory region" });
+        }
+        self.freed.retain(|(freed, _)| *freed != slot);
+        self.by_slot.insert(slot, Mr { key, ..mr });
+        Ok(key)
+    }
+
     /// A key that is not in use; `random` gives its upper half.
     pub fn allocate(&mut self, mr: Mr, mut random: impl FnMut() -> Result<u32>) -> Result<u32> {
+        while self.fresh < MR_SLOTS && self.by_slot.contains_key(&(self.fresh as u16)) {
+            self.fresh += 1; // adopted
+        }
         let (slot, last) = if self.fresh < MR_SLOTS {
             (self.fresh as u16, 0)
         } else {
@@ -61,7 +78,9 @@ impl Mrs {
     pub fn remove(&mut self, key: u32) -> Option<Mr> {
         self.get(key)?;
         let mr = self.by_slot.remove(&(key as u16))?;
-        self.freed.push_back((key as u16, (key >> 16) as u16));
+        if usize::from(key as u16) < self.fresh {
+            self.freed.push_back((key as u16, (key >> 16) as u16));
+        }
         Some(mr)
     }
 

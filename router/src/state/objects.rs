@@ -62,15 +62,15 @@ impl State {
         self.give_back(owner.container, &[(Resource::Slabs, 1), (Resource::SlabBytes, len)]);
     }
 
-    pub fn insert_slab(&mut self, owner: Owner, slab: Slab) -> u32 {
-        let id = self.new_object_id();
+    pub fn insert_slab(&mut self, owner: Owner, slab: Slab) -> Result<u32> {
+        let id = self.new_object_id(owner)?;
         self.slabs.insert(id, owner, slab);
-        id
+        Ok(id)
     }
 
     pub fn alloc_pd(&mut self, owner: Owner, fd: OwnedFd) -> Result<u32> {
+        let id = self.new_object_id(owner)?;
         self.take(owner.container, &[(Resource::Pds, 1)])?;
-        let id = self.new_object_id();
         self.pds.insert(id, owner, Pd { fd: Arc::new(fd), users: 0 });
         Ok(id)
     }
@@ -84,8 +84,8 @@ impl State {
     }
 
     pub fn create_channel(&mut self, owner: Owner, bell: OwnedFd) -> Result<u32> {
+        let id = self.new_object_id(owner)?;
         self.take(owner.container, &[(Resource::Channels, 1)])?;
-        let id = self.new_object_id();
         self.channels.insert(id, owner, Channel { bell: Arc::new(bell), users: 0 });
         Ok(id)
     }
@@ -111,11 +111,11 @@ impl State {
         }
         let room = self.slabs.owned(slab, owner)?.map.get::<CqShared>(off.into());
         room.ok_or(Refusal::Invalid("a CQ's header must be aligned and inside its slab"))?;
+        let id = self.new_object_id(owner)?;
         self.take(owner.container, &[(Resource::Cqs, 1)])?;
         if let Some(channel) = self.channels.get_mut(channel) {
             channel.users += 1;
         }
-        let id = self.new_object_id();
         self.cqs.insert(id, owner, Cq { channel, slab, off, users: 0 });
         Ok(id)
     }
@@ -137,10 +137,12 @@ impl State {
         let cost = [(Resource::Mrs, 1), (Resource::MrBytes, len)];
         self.take(owner.container, &cost)?;
         let mr = Mr { key: 0, pd, len, copies: 0, revoked: false };
+        let claimed = self.claimed(owner.client, super::resume::KEY);
         let random = &mut self.random;
-        let allocated = match self.clients.get_mut(&owner.client) {
-            Some(client) => client.mrs.allocate(mr, || draw(random)),
-            None => Err(Refusal::NoSuch { what: "client", id: owner.client }),
+        let allocated = match (self.clients.get_mut(&owner.client), claimed) {
+            (Some(client), Some(key)) => client.mrs.adopt(key, mr),
+            (Some(client), None) => client.mrs.allocate(mr, || draw(random)),
+            (None, _) => Err(Refusal::NoSuch { what: "client", id: owner.client }),
         };
         match allocated {
             Ok(_) => self.pds.get_mut(pd).into_iter().for_each(|pd| pd.users += 1),

@@ -40,6 +40,7 @@ impl State {
         {
             self.tell(them.client, Notice::PeerReady { qpn: peer });
         }
+        self.reunite(owner, qpn);
         Ok(())
     }
 
@@ -108,7 +109,7 @@ impl State {
         Ok((info, fds))
     }
 
-    fn remember_resolved(&mut self, owner: Owner, qpn: u32, peer: u32) {
+    pub(super) fn remember_resolved(&mut self, owner: Owner, qpn: u32, peer: u32) {
         if let Some(target) = self.qps.get_mut(peer) {
             target.resolvers.insert(qpn);
             target.claimants.insert(owner.client);
@@ -163,6 +164,7 @@ impl State {
     /// Ends the link of a queue pair; tells its connected peer by `notice`, others who were told where it is by PeerLeft.
     pub(super) fn unlink(&mut self, qpn: u32, notice: impl Fn(u32) -> Notice) {
         let peer = self.connected_peer(qpn).filter(|peer| *peer != qpn);
+        self.awaiting.remove(&qpn);
         let Some(qp) = self.qps.get_mut(qpn) else { return };
         qp.link = Link::None;
         let mut resolvers = std::mem::take(&mut qp.resolvers);

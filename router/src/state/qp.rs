@@ -43,6 +43,8 @@ pub struct Qp {
     pub resolved: HashSet<u32>,
     /// Clients that may have claimed receives of this one.
     pub claimants: HashSet<u32>,
+    /// It had its number, and maybe its peer, under an earlier router.
+    pub adopted: bool,
 }
 
 /// Arguments of [`State::create_qp`], unchecked.
@@ -63,7 +65,11 @@ pub struct NewQp {
 impl State {
     pub fn create_qp(&mut self, owner: Owner, new: NewQp) -> Result<u32> {
         let kind = self.check_qp(owner, &new)?;
-        let qpn = self.new_qpn()?;
+        let claimed = self.claimed(owner.client, super::resume::QP);
+        let qpn = match claimed {
+            Some(qpn) => self.old_qpn(qpn)?,
+            None => self.new_qpn()?,
+        };
         self.take(owner.container, &[(Resource::Qps, 1)])?;
         self.count_users(&new, |users| *users += 1);
         let NewQp { pd, send_cq, recv_cq, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit, .. } = new;
@@ -87,6 +93,7 @@ impl State {
                 resolvers,
                 resolved,
                 claimants,
+                adopted: claimed.is_some(),
             },
         );
         Ok(qpn)
@@ -120,6 +127,14 @@ impl State {
         self.pds.get_mut(qp.pd).into_iter().for_each(|pd| change(&mut pd.users));
         for cq in [qp.send_cq, qp.recv_cq] {
             self.cqs.get_mut(cq).into_iter().for_each(|cq| change(&mut cq.users));
+        }
+    }
+
+    fn old_qpn(&self, qpn: u32) -> Result<u32> {
+        match self.qps.contains(qpn) {
+            _ if !QPNS.contains(&qpn) => Err(Refusal::Invalid("a queue pair number that no router gives")),
+            true => Err(Refusal::Busy { what: "queue pair number", id: qpn, by: "new queue pair" }),
+            false => Ok(qpn),
         }
     }
 

@@ -60,6 +60,7 @@ impl World {
                 met: Default::default(),
                 key_failures: Limiter::new(1, 1),
                 key_failures_total: 0,
+                resuming: Resuming::No,
             },
         );
         id
@@ -78,7 +79,7 @@ impl World {
         self.state.reserve_slab(owner, SLAB).expect("quota");
         let fd = make_memfd("test", SLAB).expect("memfd");
         let map = Mapping::new(&fd, 0, SLAB as usize, true).expect("mmap");
-        self.state.insert_slab(owner, Slab { fd: Arc::new(fd), map })
+        self.state.insert_slab(owner, Slab { fd: Arc::new(fd), map }).expect("a new id")
     }
 
     /// Arguments for a queue pair with everything it needs, in a slab of its own.

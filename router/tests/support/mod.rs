@@ -72,6 +72,8 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         self.daemon.take();
+        // It is for the next router.
+        std::fs::remove_file(self.dir.join("router.secret")).expect("the secret");
         let left: Vec<_> =
             std::fs::read_dir(&self.dir).expect("scratch").flatten().map(|e| e.path()).collect();
         std::fs::remove_dir_all(&self.dir).expect("remove scratch");

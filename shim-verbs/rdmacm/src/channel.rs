@@ -31,7 +31,7 @@ pub const TICKET: usize = 64;
 impl Channel {
     /// Opens a channel at the router.
     pub fn open(session: &'static Session) -> Result<*mut rdma_event_channel> {
-        let (Number { id: number }, mut fds) = session.call_with_fds(&CmOpenChannel {})?;
+        let (Number { id: number, .. }, mut fds) = session.call_with_fds(&CmOpenChannel {})?;
         let fd = fds.pop().ok_or(Errno::PROTO)?.into_raw_fd();
         let public = UnsafeCell::new(rdma_event_channel { fd });
         Ok(Box::into_raw(Box::new(Channel { public, session, number })).cast())

@@ -332,7 +332,7 @@ fn enter(
         return Err(Errno::OPNOTSUPP);
     }
     let session = channel.session;
-    let Number { id: number } = session.call(&CmCreate { channel: channel.number, space: space(ps)? })?;
+    let Number { id: number, .. } = session.call(&CmCreate { channel: channel.number, space: space(ps)? })?;
     let id = Id::make(channel, number, ps, qp_type, context);
     session.ids()?.insert(number, id);
     Ok(id)

@@ -1,4 +1,4 @@
-//! The soaks: `soak kill`, `soak hostile`, `soak revoke`. `cargo xtask soak` builds what they need and runs them.
+//! The soaks: `soak kill`, `soak hostile`, `soak revoke`, `soak restart`. `cargo xtask soak` builds what they need and runs them.
 
 use std::env;
 use std::process::ExitCode;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use freeflow_tests::path::Tree;
-use freeflow_tests::soak::{hostile, kill, revoke};
+use freeflow_tests::soak::{hostile, kill, restart, revoke};
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -31,6 +31,11 @@ enum What {
     Hostile {
         #[arg(long, default_value_t = 600)]
         seconds: u64,
+    },
+    /// The router killed and started again at random instants under load
+    Restart {
+        #[arg(long, default_value_t = 300)]
+        rounds: u32,
     },
     /// Deregistration while a copier is stopped at each of its steps
     Revoke {
@@ -62,6 +67,7 @@ fn run(args: &Args, seed: u64) -> Result<(), String> {
         What::Hostile { seconds } => {
             hostile::run(&tree, target, &hostile::Options { time: Duration::from_secs(seconds), seed })
         }
+        What::Restart { rounds } => restart::run(&tree, target, &restart::Options { rounds, seed, lenient }),
         What::Revoke { samples } => revoke::run(&tree, target, &revoke::Options { samples, seed }),
     }
 }

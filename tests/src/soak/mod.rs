@@ -5,6 +5,7 @@ pub mod hostile;
 pub mod kill;
 pub mod neighbour;
 pub mod process;
+pub mod restart;
 pub mod revoke;
 pub mod worker;
 

@@ -264,6 +264,10 @@ impl Qp {
         let before = std::mem::replace(&mut side.stall, Stall::More);
         match waits {
             Outcome::Done { .. } | Outcome::Again => None,
+            Outcome::Later => {
+                side.stall = Stall::Later;
+                None
+            }
             Outcome::Rnr => {
                 let deadline = match before {
                     Stall::Rnr { deadline } => deadline,

@@ -159,6 +159,8 @@ const FAILURES: &[Failure] = &[
     failure("receive beyond the MR", Send, |w, _, _| { let sge = w.peers(LEN - 7, 128); w.rq().post(0, &[sge]) }).receive(RemOpErr, LocProtErr),
     failure("no receive", Send, |w, _, _| w.rq().clear()).waits(Outcome::Rnr),
     failure("no receive for the immediate", WriteImm, |w, _, _| w.rq().clear()).waits(Outcome::Rnr),
+    failure("nobody to copy a WRITE", Write, |w, _, _| w.path.far = Some(Err(Errno::AGAIN))).waits(Outcome::Later),
+    failure("nobody to copy a READ", Read, |w, _, _| w.path.far = Some(Err(Errno::AGAIN))).waits(Outcome::Later),
     failure("peer in INIT", Send, |w, _, _| w.qp.state.store(1, Ordering::Relaxed)).waits(Outcome::Absent),
     failure("peer in ERR", Write, |w, _, _| w.qp.state.store(6, Ordering::Relaxed)).waits(Outcome::Absent),
     failure("peer's state is nonsense", Write, |w, _, _| w.qp.state.store(77, Ordering::Relaxed)).waits(Outcome::Absent),

@@ -1,6 +1,6 @@
 //! C programs and Debian's own tools on the built library, with and without a router.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -88,6 +88,11 @@ impl Router {
     fn start(name: &str) -> Self {
         let dir = tmp().join(format!("{name}-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("a directory");
+        Self { child: Self::spawn(&dir), dir }
+    }
+
+    /// Starts one and waits until it serves.
+    fn spawn(dir: &Path) -> Child {
         let mut command = Command::new(super::router());
         command.arg("router").arg("--socket").arg(dir.join("router.sock"));
         command.env("FREEFLOW_LOG", "info").stderr(Stdio::piped());
@@ -96,9 +101,8 @@ impl Router {
         // Ends with an error if the router does: its stderr closes.
         let up = lines.any(|line| line.is_ok_and(|line| line.contains("listens on")));
         std::thread::spawn(move || lines.for_each(drop));
-        let router = Self { child, dir };
         assert!(up, "the router did not come up");
-        router
+        child
     }
 
     fn socket(&self) -> PathBuf {
@@ -168,14 +172,17 @@ fn signals_interrupt_a_wait_as_they_do_a_read() {
 #[test]
 fn connections_outlive_the_router() {
     let Some(program) = compile("router_gone") else { return };
-    let router = Router::start("gone");
+    let mut router = Router::start("gone");
     let mut command = command(&program, &[], &router.socket());
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("timeout starts");
-    let mut ready = String::new();
-    let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
-    stdout.read_line(&mut ready).expect("a line");
-    assert_eq!(ready, "ready\n");
-    drop(router);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("timeout starts");
+    let mut stdout = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let mut hear = |word: &str| assert_eq!(stdout.next().expect("a line").expect("text"), word);
+    hear("ready");
+    router.child.kill().and_then(|()| router.child.wait()).expect("the router dies");
+    child.stdin.take().expect("piped").write_all(b"x").expect("it listens");
+    hear("alone");
+    router.child = Router::spawn(&router.dir);
     assert_ok("router_gone", &child.wait_with_output().expect("it can be waited for"));
 }
 

@@ -1,7 +1,9 @@
 //! How hosts and containers are called in etcd.
 //!
-//!     /freeflow/1/host/NAME          where its router listens, IP:PORT
-//!     /freeflow/1/home/TENANT/IP     the name of the host that has it
+//! ```text
+//! /freeflow/1/host/NAME          where its router listens, IP:PORT
+//! /freeflow/1/home/TENANT/IP     the name of the host that has it
+//! ```
 
 use super::super::{Home, HostName};
 
