@@ -73,7 +73,8 @@ fn params(id: &Id, param: Option<&rdma_conn_param>, psn: u32) -> CmParams {
     }
 }
 
-fn connect(id: &Id, param: Option<&rdma_conn_param>) -> Result<()> {
+/// Asks the peer for a connection.
+pub fn connect(id: &Id, param: Option<&rdma_conn_param>) -> Result<()> {
     check_depths(id, param)?;
     let open = id.state().attached.ok_or(Errno::INVAL)?;
     let limit = if id.is_datagram() { cm_data::SIDR_REQUEST } else { cm_data::REQUEST };
@@ -93,7 +94,8 @@ fn connect(id: &Id, param: Option<&rdma_conn_param>) -> Result<()> {
     event::complete(id)
 }
 
-fn accept(id: &Id, param: Option<&rdma_conn_param>) -> Result<()> {
+/// Says yes to a request.
+pub fn accept(id: &Id, param: Option<&rdma_conn_param>) -> Result<()> {
     if param.is_none() && field!(id, qp).is_null() {
         return Err(Errno::INVAL);
     }
@@ -181,17 +183,19 @@ pub unsafe extern "C" fn rdma_establish(id: *mut rdma_cm_id) -> c_int {
     })
 }
 
+/// Hangs up, or answers the other side's hanging up.
+pub fn disconnect(id: &Id) -> Result<()> {
+    if field!(id, verbs).is_null() {
+        return Err(Errno::INVAL);
+    }
+    modify::to_error(id)?;
+    id.session.call(&CmDisconnect { id: id.number, _pad: 0 })?;
+    event::complete(id)
+}
+
 pub unsafe extern "C" fn rdma_disconnect(id: *mut rdma_cm_id) -> c_int {
-    edge::code(|| {
-        // SAFETY: the program's id.
-        let id = unsafe { Id::from_raw(id) }?;
-        if field!(id, verbs).is_null() {
-            return Err(Errno::INVAL);
-        }
-        modify::to_error(id)?;
-        id.session.call(&CmDisconnect { id: id.number, _pad: 0 })?;
-        event::complete(id)
-    })
+    // SAFETY: the program's id.
+    edge::code(|| disconnect(unsafe { Id::from_raw(id) }?))
 }
 
 /// The next connection request of a synchronous listener.

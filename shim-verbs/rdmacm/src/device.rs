@@ -1,7 +1,7 @@
 //! The RDMA device of the container, as ids are attached to it.
 //!
-//! Owns the one open context (kept open, as rdma_get_devices promises) and the default PD, which lives as long as an
-//! id is attached.
+//! Owns the one open context (kept open, as rdma_get_devices promises), the default PD, which lives as long as an id is
+//! attached, and the PD of rsockets, so that a peer of one of those does not reach what the program registers.
 
 use std::ffi::c_int;
 use std::sync::{Mutex, PoisonError};
@@ -28,6 +28,7 @@ pub struct Open {
 struct State {
     open: Option<Open>,
     pd: *mut ibv_pd,
+    rsockets: *mut ibv_pd,
     /// Attached ids.
     users: usize,
 }
@@ -43,7 +44,12 @@ unsafe impl Sync for Device {}
 
 impl Default for Device {
     fn default() -> Self {
-        Device(Mutex::new(State { open: None, pd: std::ptr::null_mut(), users: 0 }))
+        Device(Mutex::new(State {
+            open: None,
+            pd: std::ptr::null_mut(),
+            rsockets: std::ptr::null_mut(),
+            users: 0,
+        }))
     }
 }
 
@@ -76,6 +82,16 @@ impl Device {
     /// The open device.
     pub fn open(&self) -> Result<Open> {
         self.lock().open()
+    }
+
+    /// The PD of rsockets, which stays once it is there.
+    pub fn rsocket_pd(&self) -> Result<*mut ibv_pd> {
+        let mut state = self.lock();
+        if state.rsockets.is_null() {
+            let open = state.open()?;
+            state.rsockets = verbs()?.alloc_pd(open.context)?;
+        }
+        Ok(state.rsockets)
     }
 
     /// One more id uses the device and its default PD.

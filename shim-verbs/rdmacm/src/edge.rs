@@ -47,6 +47,17 @@ pub fn code(f: impl FnOnce() -> Result<()>) -> c_int {
     }
 }
 
+/// For functions that return a number of bytes or -1.
+pub fn count(f: impl FnOnce() -> Result<usize>) -> isize {
+    match stop_panic(f) {
+        Ok(count) => count as isize,
+        Err(errno) => {
+            set_errno(errno);
+            -1
+        }
+    }
+}
+
 /// For functions that return an object or NULL.
 pub fn pointer<T>(f: impl FnOnce() -> Result<*mut T>) -> *mut T {
     stop_panic(f).unwrap_or_else(|errno| {

@@ -18,6 +18,7 @@ mod modify;
 mod options;
 mod queues;
 mod resolve;
+mod rsocket;
 mod session;
 mod unsupported;
 mod verbs;

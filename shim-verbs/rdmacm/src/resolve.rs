@@ -52,17 +52,19 @@ pub unsafe extern "C" fn rdma_bind_addr(id: *mut rdma_cm_id, addr: *mut sockaddr
     })
 }
 
+/// Listens; as in the kernel, no backlog means the most there can be.
+pub fn listen(id: &Id, backlog: u32) -> Result<()> {
+    let bound = id.session.call(&CmListen { id: id.number, backlog })?;
+    id.state().bound = true;
+    id.set_local(&bound);
+    Ok(())
+}
+
 pub unsafe extern "C" fn rdma_listen(id: *mut rdma_cm_id, backlog: c_int) -> c_int {
-    edge::code(|| {
-        // SAFETY: the program's id.
-        let id = unsafe { Id::from_raw(id) }?;
-        // As in the kernel, no backlog or a strange one means the most there can be.
-        let backlog = u32::try_from(backlog).unwrap_or(0);
-        let bound = id.session.call(&CmListen { id: id.number, backlog })?;
-        id.state().bound = true;
-        id.set_local(&bound);
-        Ok(())
-    })
+    // A strange backlog is none.
+    let backlog = u32::try_from(backlog).unwrap_or(0);
+    // SAFETY: the program's id.
+    edge::code(|| listen(unsafe { Id::from_raw(id) }?, backlog))
 }
 
 /// The timeout is the real library's for ARP: here the router knows at once.

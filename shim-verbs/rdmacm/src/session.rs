@@ -158,6 +158,7 @@ impl Session {
 
 /// Runs in a forked child, before anything else of it: only atomics and close(2).
 unsafe extern "C" fn forked() {
+    crate::rsocket::forget();
     let parents = CURRENT.swap(std::ptr::null_mut(), Ordering::AcqRel);
     if parents.is_null() {
         return;

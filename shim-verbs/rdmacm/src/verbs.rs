@@ -3,7 +3,8 @@
 //! Owns the function pointers. Each method is the C function of that name; those of `verbs.h` that are inline reach
 //! through the context, as the header does.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_uint, c_void};
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use freeflow_verbs_abi::*;
@@ -41,6 +42,12 @@ functions! {
     ibv_destroy_comp_channel: fn(channel: *mut ibv_comp_channel) -> c_int;
     ibv_create_cq: fn(context: *mut ibv_context, cqe: c_int, user: *mut c_void, channel: *mut ibv_comp_channel, vector: c_int) -> *mut ibv_cq;
     ibv_destroy_cq: fn(cq: *mut ibv_cq) -> c_int;
+    ibv_get_cq_event: fn(channel: *mut ibv_comp_channel, cq: *mut *mut ibv_cq, user: *mut *mut c_void) -> c_int;
+    ibv_ack_cq_events: fn(cq: *mut ibv_cq, count: c_uint) -> ();
+    ibv_reg_mr: fn(pd: *mut ibv_pd, addr: *mut c_void, len: usize, access: c_int) -> *mut ibv_mr;
+    ibv_dereg_mr: fn(mr: *mut ibv_mr) -> c_int;
+    ibv_create_ah: fn(pd: *mut ibv_pd, attr: *mut ibv_ah_attr) -> *mut ibv_ah;
+    ibv_destroy_ah: fn(ah: *mut ibv_ah) -> c_int;
     ibv_create_srq: fn(pd: *mut ibv_pd, attr: *mut ibv_srq_init_attr) -> *mut ibv_srq;
     ibv_destroy_srq: fn(srq: *mut ibv_srq) -> c_int;
     ibv_create_qp: fn(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
@@ -151,6 +158,38 @@ impl Verbs {
         let _ = unsafe { (self.table.ibv_destroy_cq)(cq) };
     }
 
+    /// Takes one completion event out of a channel, and acknowledges it; false if none was there.
+    pub fn take_cq_event(&self, channel: *mut ibv_comp_channel) -> bool {
+        let (mut cq, mut user) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: places for the two results.
+        let code = unsafe { (self.table.ibv_get_cq_event)(channel, &mut cq, &mut user) };
+        if code == 0 {
+            // SAFETY: the CQ whose event was just taken.
+            unsafe { (self.table.ibv_ack_cq_events)(cq, 1) };
+        }
+        code == 0
+    }
+
+    pub fn reg_mr(&self, pd: *mut ibv_pd, addr: *mut c_void, len: usize, access: u32) -> Result<*mut ibv_mr> {
+        // SAFETY: see the impl's comment.
+        created(unsafe { (self.table.ibv_reg_mr)(pd, addr, len, access as c_int) })
+    }
+
+    pub fn dereg_mr(&self, mr: *mut ibv_mr) {
+        // SAFETY: see the impl's comment.
+        let _ = unsafe { (self.table.ibv_dereg_mr)(mr) };
+    }
+
+    pub fn create_ah(&self, pd: *mut ibv_pd, attr: &mut ibv_ah_attr) -> Result<*mut ibv_ah> {
+        // SAFETY: see the impl's comment.
+        created(unsafe { (self.table.ibv_create_ah)(pd, attr) })
+    }
+
+    pub fn destroy_ah(&self, ah: *mut ibv_ah) {
+        // SAFETY: see the impl's comment.
+        let _ = unsafe { (self.table.ibv_destroy_ah)(ah) };
+    }
+
     pub fn create_srq(&self, pd: *mut ibv_pd, attr: &mut ibv_srq_init_attr) -> Result<*mut ibv_srq> {
         // SAFETY: see the impl's comment.
         created(unsafe { (self.table.ibv_create_srq)(pd, attr) })
@@ -194,6 +233,55 @@ impl Verbs {
     pub fn modify_qp(&self, qp: *mut ibv_qp, attr: &mut ibv_qp_attr, mask: c_int) -> Result<()> {
         // SAFETY: see the impl's comment.
         checked(unsafe { (self.table.ibv_modify_qp)(qp, attr, mask) })
+    }
+}
+
+/// The four calls of the data path, which verbs.h makes through the context.
+impl Verbs {
+    /// Posts a chain of requests.
+    pub fn post_send(&self, qp: *mut ibv_qp, chain: &mut ibv_send_wr) -> Result<()> {
+        // SAFETY: a live QP.
+        let context = unsafe { (*qp).context };
+        // SAFETY: a live QP's context.
+        let post = unsafe { (*context).ops.post_send }.ok_or(Errno::OPNOTSUPP)?;
+        let mut bad = std::ptr::null_mut();
+        // SAFETY: see the impl's comment.
+        checked(unsafe { post(qp, chain, &mut bad) })
+    }
+
+    /// Posts a chain of receives.
+    pub fn post_recv(&self, qp: *mut ibv_qp, chain: &mut ibv_recv_wr) -> Result<()> {
+        // SAFETY: a live QP.
+        let context = unsafe { (*qp).context };
+        // SAFETY: a live QP's context.
+        let post = unsafe { (*context).ops.post_recv }.ok_or(Errno::OPNOTSUPP)?;
+        let mut bad = std::ptr::null_mut();
+        // SAFETY: see the impl's comment.
+        checked(unsafe { post(qp, chain, &mut bad) })
+    }
+
+    /// Completions, as many as are there and fit.
+    pub fn poll_cq<'a>(&self, cq: *mut ibv_cq, room: &'a mut [MaybeUninit<ibv_wc>]) -> Result<&'a [ibv_wc]> {
+        // SAFETY: a live CQ.
+        let context = unsafe { (*cq).context };
+        // SAFETY: a live CQ's context.
+        let poll = unsafe { (*context).ops.poll_cq }.ok_or(Errno::OPNOTSUPP)?;
+        let most = room.len().min(c_int::MAX as usize) as c_int;
+        // SAFETY: `room` has place for that many.
+        let got = unsafe { poll(cq, most, room.as_mut_ptr().cast()) };
+        let got = usize::try_from(got).map_err(|_| Errno::IO)?;
+        // SAFETY: the call filled in the first `got`.
+        Ok(unsafe { std::slice::from_raw_parts(room.as_ptr().cast(), got.min(room.len())) })
+    }
+
+    /// Asks for an event with the next completion.
+    pub fn req_notify_cq(&self, cq: *mut ibv_cq) -> Result<()> {
+        // SAFETY: a live CQ.
+        let context = unsafe { (*cq).context };
+        // SAFETY: a live CQ's context.
+        let notify = unsafe { (*context).ops.req_notify_cq }.ok_or(Errno::OPNOTSUPP)?;
+        // SAFETY: see the impl's comment.
+        checked(unsafe { notify(cq, 0) })
     }
 }
 

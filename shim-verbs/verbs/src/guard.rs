@@ -15,6 +15,7 @@ pub type Result<T> = std::result::Result<T, Errno>;
 
 pub const EINVAL: Errno = Errno(libc::EINVAL);
 pub const EBUSY: Errno = Errno(libc::EBUSY);
+pub const ENOMEM: Errno = Errno(libc::ENOMEM);
 pub const EOPNOTSUPP: Errno = Errno(libc::EOPNOTSUPP);
 
 impl From<Error> for Errno {

@@ -9,7 +9,7 @@ use crate::guard::{EINVAL, Errno, Result};
 use crate::qp::Qp;
 use freeflow_core::client::SendWr;
 use freeflow_core::exec::{Request, Target, UdDest};
-use freeflow_core::verbs::{QpType, SendFlags, SendOp, Sge, Wc};
+use freeflow_core::verbs::{AhAttr, QpType, SendFlags, SendOp, Sge, Wc};
 use freeflow_verbs_abi::*;
 use std::ffi::c_int;
 use std::ptr;
@@ -61,10 +61,13 @@ unsafe fn datagram(op: SendOp, wr: &ibv_send_wr) -> Result<Target> {
         return Err(EINVAL);
     }
     // SAFETY: the caller's promise.
-    let ah = unsafe { &Ah::of(ud.ah).rust.core.attr };
-    let (traffic_class, hop_limit) = (ah.traffic_class, ah.hop_limit);
-    let (qpn, qkey) = (ud.remote_qpn, ud.remote_qkey);
-    Ok(Target::Datagram(UdDest { dgid: ah.dgid, qpn, qkey, traffic_class, hop_limit }))
+    Ok(datagram_to(unsafe { Ah::of(ud.ah) }, ud.remote_qpn, ud.remote_qkey))
+}
+
+/// The address of a datagram.
+pub fn datagram_to(ah: &Ah, qpn: u32, qkey: u32) -> Target {
+    let AhAttr { dgid, traffic_class, hop_limit, .. } = ah.rust.core.attr;
+    Target::Datagram(UdDest { dgid, qpn, qkey, traffic_class, hop_limit })
 }
 
 /// Posts one request.
@@ -106,24 +109,6 @@ pub unsafe extern "C" fn post_send(
             return error;
         }
         next = request.next;
-    }
-    0
-}
-
-/// Posts what an `ibv_wr_*` batch collected, in order: all of it, or nothing if there is no room for all.
-///
-/// # Safety
-/// Each request is as the C API demands.
-pub unsafe fn send_all(qp: &Qp, wrs: &[ibv_send_wr]) -> c_int {
-    // A single request is refused by itself.
-    if wrs.len() > 1 && qp.rust.core.send_room() < wrs.len() {
-        return libc::ENOMEM;
-    }
-    for wr in wrs {
-        // SAFETY: the caller's promise.
-        if let Err(Errno(error)) = unsafe { send_one(qp, wr) } {
-            return error;
-        }
     }
     0
 }

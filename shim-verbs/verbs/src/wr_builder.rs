@@ -4,13 +4,17 @@
 //! program did wrong is remembered and told by complete, as the setters return nothing. All memory is reserved when the
 //! QP is made.
 
-use crate::object::Held;
+use crate::ah::Ah;
+use crate::guard::{ENOMEM, Errno, Result};
 use crate::post;
 use crate::qp::Qp;
-use freeflow_core::verbs::QpCaps;
+use freeflow_core::client::SendWr;
+use freeflow_core::exec::{Request, Target};
+use freeflow_core::verbs::{QpCaps, SendFlags, SendOp, Sge};
 use freeflow_verbs_abi::*;
-use std::cell::UnsafeCell;
+use spin::mutex::{SpinMutex, SpinMutexGuard};
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 
 /// `send_ops_flags` that are built.
 pub const SUPPORTED_OPS: u64 = (IBV_QP_EX_WITH_RDMA_WRITE
@@ -21,20 +25,31 @@ pub const SUPPORTED_OPS: u64 = (IBV_QP_EX_WITH_RDMA_WRITE
     | IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP
     | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD) as u64;
 
-/// The collection of one QP.
+/// The collection of one QP. Its lock, held from wr_start to wr_complete or wr_abort, is only met by threads that share the
+/// QP: they yield.
 pub struct Builder {
-    mutex: UnsafeCell<libc::pthread_mutex_t>,
-    batch: UnsafeCell<Batch>,
+    batch: SpinMutex<Batch, spin::Yield>,
     /// The operations the program asked for at creation; others are errors.
     ops: u64,
     max_sge: usize,
     max_inline: usize,
 }
 
+/// A request as collected so far.
+struct Entry {
+    wr_id: u64,
+    op: SendOp,
+    flags: SendFlags,
+    imm: u32,
+    target: Target,
+    /// Its part of the batch's scatter/gather entries.
+    sges: Range<usize>,
+}
+
 /// Requests collected so far. The vectors never grow past the capacity they were made with, so addresses into them hold.
 struct Batch {
-    wrs: Vec<ibv_send_wr>,
-    sges: Vec<ibv_sge>,
+    entries: Vec<Entry>,
+    sges: Vec<Sge>,
     inline: Vec<u8>,
     /// The first thing that went wrong, or 0.
     error: c_int,
@@ -45,25 +60,25 @@ impl Builder {
         let wrs = caps.max_send_wr as usize;
         let (max_sge, max_inline) = (caps.max_send_sge as usize, caps.max_inline_data as usize);
         let batch = Batch {
-            wrs: Vec::with_capacity(wrs),
+            entries: Vec::with_capacity(wrs),
             // inline data takes an entry too, even where a request may have none
             sges: Vec::with_capacity(wrs * max_sge.max(1)),
             inline: Vec::with_capacity(wrs * max_inline),
             error: 0,
         };
-        let mutex = UnsafeCell::new(libc::PTHREAD_MUTEX_INITIALIZER);
-        Self { mutex, batch: UnsafeCell::new(batch), ops, max_sge, max_inline }
+        Self { batch: SpinMutex::new(batch), ops, max_sge, max_inline }
     }
 }
 
 impl Batch {
     fn clear(&mut self) {
-        self.wrs.clear();
+        self.entries.clear();
         self.sges.clear();
         self.inline.clear();
         self.error = 0;
     }
 
+    #[cold]
     fn fail(&mut self, error: c_int) {
         if self.error == 0 {
             self.error = error;
@@ -71,24 +86,21 @@ impl Batch {
     }
 
     /// The request the setters apply to: none after an error or before the first.
-    fn last(&mut self) -> Option<&mut ibv_send_wr> {
-        if self.error == 0 && self.wrs.is_empty() {
+    fn last(&mut self) -> Option<&mut Entry> {
+        if self.error == 0 && self.entries.is_empty() {
             self.fail(libc::EINVAL);
         }
-        if self.error == 0 { self.wrs.last_mut() } else { None }
+        if self.error == 0 { self.entries.last_mut() } else { None }
     }
 
-    fn set_sges(&mut self, sges: &[ibv_sge], max: usize) {
+    fn set_sges(&mut self, sges: &[Sge], max: usize) {
         if sges.len() > max || self.sges.capacity() - self.sges.len() < sges.len() {
             return self.fail(libc::EINVAL);
         }
         let start = self.sges.len();
         self.sges.extend_from_slice(sges);
-        // SAFETY: start is at most the length.
-        let list = unsafe { self.sges.as_mut_ptr().add(start) };
-        if let Some(wr) = self.last() {
-            wr.sg_list = list;
-            wr.num_sge = sges.len() as c_int;
+        if let Some(entry) = self.last() {
+            entry.sges = start..start + sges.len();
         }
     }
 
@@ -105,10 +117,24 @@ impl Batch {
         }
         // SAFETY: start is at most the length.
         let addr = unsafe { self.inline.as_ptr().add(start) } as u64;
-        self.set_sges(&[ibv_sge { addr, length: total as u32, lkey: 0 }], 1);
-        if let Some(wr) = self.last() {
-            wr.send_flags |= IBV_SEND_INLINE;
+        self.set_sges(&[Sge { addr, length: total as u32, lkey: 0 }], 1);
+        if let Some(entry) = self.last() {
+            entry.flags |= SendFlags::INLINE;
         }
+    }
+
+    /// Posts what was collected, in order: all of it, or nothing if there is no room for all.
+    fn post(&self, qp: &Qp) -> Result<()> {
+        // A single request is refused by itself.
+        if self.entries.len() > 1 && qp.rust.core.send_room() < self.entries.len() {
+            return Err(ENOMEM);
+        }
+        for Entry { wr_id, op, flags, imm, target, sges } in &self.entries {
+            let sges = &self.sges[sges.clone()];
+            let request = Request { op: *op, flags: *flags, imm: *imm, target: *target, sges };
+            qp.rust.core.post_send(&SendWr { wr_id: *wr_id, request })?;
+        }
+        Ok(())
     }
 }
 
@@ -116,12 +142,12 @@ impl Batch {
 ///
 /// # Safety
 /// `qp` is a live QP made with send_ops_flags, and its program is between the two calls, as the man page demands: this
-/// thread then holds the mutex.
+/// thread then holds the lock.
 unsafe fn batch<'a>(qp: *mut ibv_qp_ex) -> (&'a Builder, &'a mut Batch) {
     // SAFETY: the caller's promise.
     let builder = unsafe { builder(qp) };
-    // SAFETY: the mutex makes this thread the only user.
-    (builder, unsafe { &mut *builder.batch.get() })
+    // SAFETY: the lock makes this thread the only user.
+    (builder, unsafe { &mut *builder.batch.as_mut_ptr() })
 }
 
 /// # Safety
@@ -137,113 +163,100 @@ unsafe fn builder<'a>(qp: *mut ibv_qp_ex) -> &'a Builder {
 ///
 /// # Safety
 /// As for [`batch`].
+#[inline]
 unsafe fn begin(
     qp: *mut ibv_qp_ex,
-    (opcode, op): (ibv_wr_opcode, ibv_qp_create_send_ops_flags),
-    fill: impl FnOnce(&mut ibv_send_wr),
+    (op, wanted): (SendOp, ibv_qp_create_send_ops_flags),
+    target: Target,
+    imm: u32,
 ) {
     // SAFETY: the caller's promise.
     let (builder, batch) = unsafe { batch(qp) };
-    if builder.ops & u64::from(op) == 0 {
+    if builder.ops & u64::from(wanted) == 0 {
         return batch.fail(libc::EOPNOTSUPP);
     }
-    if batch.wrs.len() == batch.wrs.capacity() {
+    if batch.entries.len() == batch.entries.capacity() {
         return batch.fail(libc::ENOMEM);
     }
-    // SAFETY: integers and nullable pointers: all zeroes is a valid request.
-    let mut wr: ibv_send_wr = unsafe { std::mem::zeroed() };
-    wr.opcode = opcode;
     // SAFETY: the program writes wr_id before each request, through the C structure.
-    wr.wr_id = unsafe { (*qp).wr_id };
+    let wr_id = unsafe { (*qp).wr_id };
     // SAFETY: as above, for wr_flags.
-    wr.send_flags = unsafe { (*qp).wr_flags } & !IBV_SEND_INLINE;
-    fill(&mut wr);
-    batch.wrs.push(wr);
-}
-
-fn rdma(rkey: u32, remote_addr: u64) -> ibv_send_wr__bindgen_ty_2 {
-    ibv_send_wr__bindgen_ty_2 { rdma: ibv_send_wr__bindgen_ty_2__bindgen_ty_1 { remote_addr, rkey } }
-}
-
-fn atomic(rkey: u32, remote_addr: u64, compare_add: u64, swap: u64) -> ibv_send_wr__bindgen_ty_2 {
-    let atomic = ibv_send_wr__bindgen_ty_2__bindgen_ty_2 { remote_addr, compare_add, swap, rkey };
-    ibv_send_wr__bindgen_ty_2 { atomic }
-}
-
-fn imm(imm_data: __be32) -> ibv_send_wr__bindgen_ty_1 {
-    ibv_send_wr__bindgen_ty_1 { imm_data }
+    let flags = unsafe { (*qp).wr_flags } & !IBV_SEND_INLINE;
+    let Some(flags) = SendFlags::from_bits(flags) else { return batch.fail(libc::EINVAL) };
+    batch.entries.push(Entry { wr_id, op, flags, imm, target, sges: 0..0 });
 }
 
 unsafe extern "C" fn wr_send(qp: *mut ibv_qp_ex) {
     // SAFETY: called through a live QP, as the C API demands.
-    unsafe { begin(qp, (IBV_WR_SEND, IBV_QP_EX_WITH_SEND), |_| {}) }
+    unsafe { begin(qp, (SendOp::Send, IBV_QP_EX_WITH_SEND), Target::Receive, 0) }
 }
 
 unsafe extern "C" fn wr_send_imm(qp: *mut ibv_qp_ex, imm_data: __be32) {
-    let op = (IBV_WR_SEND_WITH_IMM, IBV_QP_EX_WITH_SEND_WITH_IMM);
+    let op = (SendOp::SendImm, IBV_QP_EX_WITH_SEND_WITH_IMM);
     // SAFETY: called through a live QP, as the C API demands.
-    unsafe { begin(qp, op, |wr| wr.__bindgen_anon_1 = imm(imm_data)) }
+    unsafe { begin(qp, op, Target::Receive, imm_data) }
 }
 
-unsafe extern "C" fn wr_rdma_write(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64) {
-    let op = (IBV_WR_RDMA_WRITE, IBV_QP_EX_WITH_RDMA_WRITE);
+unsafe extern "C" fn wr_rdma_write(qp: *mut ibv_qp_ex, rkey: u32, addr: u64) {
+    let op = (SendOp::Write, IBV_QP_EX_WITH_RDMA_WRITE);
     // SAFETY: called through a live QP, as the C API demands.
-    unsafe { begin(qp, op, |wr| wr.wr = rdma(rkey, remote_addr)) }
+    unsafe { begin(qp, op, Target::Memory { addr, rkey }, 0) }
 }
 
-unsafe extern "C" fn wr_rdma_write_imm(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64, imm_data: __be32) {
-    let op = (IBV_WR_RDMA_WRITE_WITH_IMM, IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM);
-    let fill = |wr: &mut ibv_send_wr| {
-        wr.wr = rdma(rkey, remote_addr);
-        wr.__bindgen_anon_1 = imm(imm_data);
-    };
+unsafe extern "C" fn wr_rdma_write_imm(qp: *mut ibv_qp_ex, rkey: u32, addr: u64, imm_data: __be32) {
+    let op = (SendOp::WriteImm, IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM);
     // SAFETY: called through a live QP, as the C API demands.
-    unsafe { begin(qp, op, fill) }
+    unsafe { begin(qp, op, Target::Memory { addr, rkey }, imm_data) }
 }
 
-unsafe extern "C" fn wr_rdma_read(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64) {
-    let op = (IBV_WR_RDMA_READ, IBV_QP_EX_WITH_RDMA_READ);
+unsafe extern "C" fn wr_rdma_read(qp: *mut ibv_qp_ex, rkey: u32, addr: u64) {
+    let op = (SendOp::Read, IBV_QP_EX_WITH_RDMA_READ);
     // SAFETY: called through a live QP, as the C API demands.
-    unsafe { begin(qp, op, |wr| wr.wr = rdma(rkey, remote_addr)) }
+    unsafe { begin(qp, op, Target::Memory { addr, rkey }, 0) }
 }
 
 unsafe extern "C" fn wr_atomic_cmp_swp(
     qp: *mut ibv_qp_ex,
     rkey: u32,
-    remote_addr: u64,
-    compare: u64,
+    addr: u64,
+    compare_add: u64,
     swap: u64,
 ) {
-    let op = (IBV_WR_ATOMIC_CMP_AND_SWP, IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP);
+    let op = (SendOp::CompareSwap, IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP);
     // SAFETY: called through a live QP, as the C API demands.
-    unsafe { begin(qp, op, |wr| wr.wr = atomic(rkey, remote_addr, compare, swap)) }
+    unsafe { begin(qp, op, Target::Atomic { addr, rkey, compare_add, swap }, 0) }
 }
 
-unsafe extern "C" fn wr_atomic_fetch_add(qp: *mut ibv_qp_ex, rkey: u32, remote_addr: u64, add: u64) {
-    let op = (IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD);
+unsafe extern "C" fn wr_atomic_fetch_add(qp: *mut ibv_qp_ex, rkey: u32, addr: u64, compare_add: u64) {
+    let op = (SendOp::FetchAdd, IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD);
     // SAFETY: called through a live QP, as the C API demands.
-    unsafe { begin(qp, op, |wr| wr.wr = atomic(rkey, remote_addr, add, 0)) }
+    unsafe { begin(qp, op, Target::Atomic { addr, rkey, compare_add, swap: 0 }, 0) }
 }
 
 unsafe extern "C" fn wr_set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, remote_qpn: u32, remote_qkey: u32) {
     // SAFETY: called through a live QP, as the C API demands.
     let (_, batch) = unsafe { batch(qp) };
-    if let Some(wr) = batch.last() {
-        wr.wr.ud = ibv_send_wr__bindgen_ty_2__bindgen_ty_3 { ah, remote_qpn, remote_qkey };
+    if ah.is_null() {
+        return batch.fail(libc::EINVAL);
+    }
+    // SAFETY: the program passes a live AH.
+    let ah = unsafe { Ah::of(ah) };
+    if let Some(entry) = batch.last() {
+        entry.target = post::datagram_to(ah, remote_qpn, remote_qkey);
     }
 }
 
 unsafe extern "C" fn wr_set_sge(qp: *mut ibv_qp_ex, lkey: u32, addr: u64, length: u32) {
     // SAFETY: called through a live QP, as the C API demands.
     let (builder, batch) = unsafe { batch(qp) };
-    batch.set_sges(&[ibv_sge { addr, length, lkey }], builder.max_sge);
+    batch.set_sges(&[Sge { addr, length, lkey }], builder.max_sge);
 }
 
 unsafe extern "C" fn wr_set_sge_list(qp: *mut ibv_qp_ex, num_sge: usize, sg_list: *const ibv_sge) {
     // SAFETY: called through a live QP, as the C API demands.
     let (builder, batch) = unsafe { batch(qp) };
-    // SAFETY: the program passes a list of num_sge entries.
-    batch.set_sges(unsafe { slice(sg_list, num_sge) }, builder.max_sge);
+    // SAFETY: the program passes a list of num_sge entries; ibv_sge and Sge have one layout (asserted in convert.rs).
+    batch.set_sges(unsafe { slice(sg_list.cast::<Sge>(), num_sge) }, builder.max_sge);
 }
 
 unsafe extern "C" fn wr_set_inline_data(qp: *mut ibv_qp_ex, addr: *mut c_void, length: usize) {
@@ -266,29 +279,30 @@ unsafe extern "C" fn wr_set_inline_data_list(
 unsafe extern "C" fn wr_start(qp: *mut ibv_qp_ex) {
     // SAFETY: called through a live QP, as the C API demands.
     let builder = unsafe { builder(qp) };
-    std::mem::forget(Held::lock(builder.mutex.get())); // released by wr_complete or wr_abort
-    // SAFETY: the mutex makes this thread the only user.
-    unsafe { &mut *builder.batch.get() }.clear();
+    SpinMutexGuard::leak(builder.batch.lock()).clear(); // released by wr_complete or wr_abort
+}
+
+/// Ends the batch, whose lock this thread has held since wr_start.
+fn end(builder: &Builder) {
+    // SAFETY: this thread's wr_start took the lock, and nothing uses the batch any more.
+    unsafe { builder.batch.force_unlock() };
 }
 
 unsafe extern "C" fn wr_complete(qp: *mut ibv_qp_ex) -> c_int {
     // SAFETY: called through a live QP, as the C API demands.
     let (builder, batch) = unsafe { batch(qp) };
-    let _held = Held::adopt(builder.mutex.get());
-    if batch.error != 0 {
-        return batch.error;
-    }
     // SAFETY: called through a live QP, as the C API demands.
     let qp = unsafe { Qp::of(qp) };
-    // SAFETY: the requests point to entries of this batch and to buffers the program vouches for.
-    unsafe { post::send_all(qp, &batch.wrs) }
+    let posted = if batch.error == 0 { batch.post(qp) } else { Err(Errno(batch.error)) };
+    end(builder);
+    posted.map_or_else(|Errno(error)| error, |()| 0)
 }
 
 unsafe extern "C" fn wr_abort(qp: *mut ibv_qp_ex) {
     // SAFETY: called through a live QP, as the C API demands.
     let (builder, batch) = unsafe { batch(qp) };
-    let _held = Held::adopt(builder.mutex.get());
     batch.clear();
+    end(builder);
 }
 
 /// Behind every function of an operation that is not built: wr_complete tells. It reads no argument but the first, which

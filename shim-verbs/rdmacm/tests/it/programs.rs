@@ -122,6 +122,21 @@ fn synchronous_endpoints_wait_for_themselves() {
 }
 
 #[test]
+fn streams_carry_every_byte_once() {
+    run_with_router("rs_stream");
+}
+
+#[test]
+fn mapped_buffers_take_the_peers_bytes() {
+    run_with_router("rs_mapped");
+}
+
+#[test]
+fn datagrams_keep_their_boundaries() {
+    run_with_router("rs_datagram");
+}
+
+#[test]
 fn forks_and_deaths_are_told_apart() {
     run_with_router("processes");
 }

@@ -1,0 +1,214 @@
+//! Waiting for sockets: a short while by looking, then asleep in poll(2).
+//!
+//! A sleeping thread polls the descriptors of its sockets and a bell of its own. Whoever takes an event out of a socket
+//! rings for the other threads that wait for that socket: the event may have been theirs.
+
+use std::cell::OnceCell;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libc::{POLLERR, POLLHUP, POLLNVAL};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use super::socket::Socket;
+use crate::edge::{Errno, Result};
+
+/// A condition beside poll(2)'s: what was sent has arrived.
+pub const FLUSHED: i16 = 1 << 14;
+
+/// How long to look before sleeping: about what waking up costs.
+const LOOK: Duration = Duration::from_micros(20);
+
+/// Until when to wait.
+#[derive(Debug, Clone, Copy)]
+pub enum Deadline {
+    Now,
+    At(Instant),
+    Never,
+}
+
+impl Deadline {
+    /// As poll(2) counts.
+    pub fn millis(timeout: i32) -> Deadline {
+        match u64::try_from(timeout) {
+            Ok(0) => Deadline::Now,
+            Ok(millis) => Deadline::after(Duration::from_millis(millis)),
+            Err(_) => Deadline::Never,
+        }
+    }
+
+    pub fn after(time: Duration) -> Deadline {
+        Instant::now().checked_add(time).map_or(Deadline::Never, Deadline::At)
+    }
+
+    fn left(self) -> Option<Duration> {
+        match self {
+            Deadline::Now => Some(Duration::ZERO),
+            Deadline::At(when) => Some(when.saturating_duration_since(Instant::now())),
+            Deadline::Never => None,
+        }
+    }
+
+    fn has_passed(self) -> bool {
+        self.left() == Some(Duration::ZERO)
+    }
+}
+
+/// What to wait for: a socket of ours, or any other descriptor.
+#[derive(Debug)]
+pub struct Entry {
+    pub socket: Option<Arc<Socket>>,
+    pub fd: RawFd,
+    pub events: i16,
+    pub revents: i16,
+}
+
+thread_local! {
+    static BELL: OnceCell<OwnedFd> = const { OnceCell::new() };
+}
+
+/// The calling thread's bell.
+fn bell() -> Result<RawFd> {
+    let ours = BELL.try_with(|bell| match bell.get() {
+        Some(bell) => Ok(bell.as_raw_fd()),
+        None => {
+            let fresh = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+            Ok(bell.get_or_init(|| fresh).as_raw_fd())
+        }
+    });
+    ours.unwrap_or(Err(Errno::NOTCONN))
+}
+
+/// Rings all bells but the caller's own.
+pub fn ring(bells: &[RawFd]) {
+    let own = BELL.try_with(|bell| bell.get().map(AsRawFd::as_raw_fd)).ok().flatten();
+    for bell in bells.iter().filter(|bell| Some(**bell) != own) {
+        // SAFETY: waiters take their bells out of the socket, under its lock, before they close them.
+        let fd = unsafe { BorrowedFd::borrow_raw(*bell) };
+        // A full bell has rung already.
+        let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+    }
+}
+
+/// Waits until `events` are so for one socket; EAGAIN when the time is over.
+pub fn one(socket: &Arc<Socket>, events: i16, deadline: Deadline) -> Result<()> {
+    let entry = Entry { socket: Some(Arc::clone(socket)), fd: socket.number, events, revents: 0 };
+    match many(&mut [entry], deadline)? {
+        0 => Err(Errno::AGAIN),
+        _ => Ok(()),
+    }
+}
+
+/// poll(2) for sockets and others alike; says how many are ready.
+pub fn many(entries: &mut [Entry], deadline: Deadline) -> Result<usize> {
+    let look = Instant::now();
+    loop {
+        let ready = sweep(entries)?;
+        if ready > 0 || deadline.has_passed() {
+            return Ok(ready);
+        }
+        if look.elapsed() >= LOOK {
+            break;
+        }
+    }
+    let bell = bell()?;
+    let sockets: Vec<Arc<Socket>> = entries.iter().filter_map(|entry| entry.socket.clone()).collect();
+    let _seats: Vec<Seat> = sockets.iter().map(|socket| Seat::take(socket, bell)).collect();
+    loop {
+        sockets.iter().for_each(|socket| socket.lock().arm());
+        let ready = sweep(entries)?;
+        if ready > 0 || deadline.has_passed() {
+            return Ok(ready);
+        }
+        sleep(entries, bell, deadline)?;
+    }
+}
+
+/// Looks once, without waiting.
+fn sweep(entries: &mut [Entry]) -> Result<usize> {
+    for entry in entries.iter_mut() {
+        let Some(socket) = &entry.socket else { continue };
+        let mut state = socket.lock();
+        state.advance();
+        entry.revents = state.ready() & (entry.events | POLLERR | POLLHUP | POLLNVAL);
+    }
+    if entries.iter().any(|entry| entry.socket.is_none() && entry.fd >= 0) {
+        sweep_others(entries)?;
+    }
+    Ok(entries.iter().filter(|entry| entry.revents != 0).count())
+}
+
+/// A descriptor that is only polled.
+fn polled<'a>(fd: RawFd, events: PollFlags) -> PollFd<'a> {
+    // SAFETY: not -1; poll(2) says what it thinks of one that is not open.
+    PollFd::from_borrowed_fd(unsafe { BorrowedFd::borrow_raw(fd) }, events)
+}
+
+fn sweep_others(entries: &mut [Entry]) -> Result<()> {
+    let others = || |entry: &&mut Entry| entry.socket.is_none() && entry.fd >= 0;
+    let flags = |entry: &Entry| PollFlags::from_bits_retain(entry.events as u16);
+    let mut list: Vec<PollFd> =
+        entries.iter_mut().filter(others()).map(|entry| polled(entry.fd, flags(entry))).collect();
+    poll(&mut list, Some(&Timespec::default()))?;
+    for (entry, polled) in entries.iter_mut().filter(others()).zip(&list) {
+        entry.revents = polled.revents().bits() as i16;
+    }
+    Ok(())
+}
+
+/// Sleeps until something may have happened.
+fn sleep(entries: &[Entry], bell: RawFd, deadline: Deadline) -> Result<()> {
+    let mut list = vec![polled(bell, PollFlags::IN)];
+    let mut owners = vec![None];
+    for entry in entries {
+        let mut fds = Vec::new();
+        match &entry.socket {
+            Some(socket) => {
+                socket.lock().fds(&mut fds);
+                list.extend(fds.iter().map(|fd| polled(*fd, PollFlags::IN)));
+            }
+            None if entry.fd >= 0 => {
+                fds.push(entry.fd);
+                list.push(polled(entry.fd, PollFlags::from_bits_retain(entry.events as u16)));
+            }
+            None => {}
+        }
+        owners.extend(fds.iter().map(|_| entry.socket.as_ref()));
+    }
+    let left = deadline.left().map(|left| Timespec::try_from(left).map_err(|_| Errno::INVAL)).transpose()?;
+    poll(&mut list, left.as_ref())?;
+    if !list[0].revents().is_empty() {
+        let mut count = [0u8; 8];
+        // Another look at the sockets follows anyway.
+        let _ = rustix::io::read(list[0].as_fd(), &mut count[..]);
+    }
+    for (polled, owner) in list.iter().zip(&owners) {
+        if let (false, Some(socket)) = (polled.revents().is_empty(), owner) {
+            socket.lock().woken();
+        }
+    }
+    Ok(())
+}
+
+/// A waiter's place at a socket.
+struct Seat<'a> {
+    socket: &'a Arc<Socket>,
+    bell: RawFd,
+}
+
+impl<'a> Seat<'a> {
+    fn take(socket: &'a Arc<Socket>, bell: RawFd) -> Self {
+        socket.lock().waiters.push(bell);
+        Seat { socket, bell }
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        let mut state = self.socket.lock();
+        if let Some(at) = state.waiters.iter().position(|bell| *bell == self.bell) {
+            state.waiters.swap_remove(at);
+        }
+    }
+}
