@@ -7,6 +7,7 @@ use freeflow_core::ctl::cm::{CmAddr, cm_family};
 use freeflow_verbs_abi::rdma_addr__bindgen_ty_1;
 use libc::{POLLIN, POLLOUT, sockaddr, sockaddr_storage, socklen_t};
 
+use super::preload;
 use super::socket::{Body, Socket};
 use super::table;
 use super::wait::{self, Deadline, FLUSHED};
@@ -17,9 +18,7 @@ use crate::id::field;
 pub unsafe extern "C" fn rsocket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
     let mut number = -1;
     let code = edge::code(|| {
-        let socket = open(domain, kind, protocol)?;
-        number = socket.number;
-        table::add(&socket);
+        number = table::add(&open(domain, kind, protocol)?)?;
         Ok(())
     });
     if code == 0 { number } else { code }
@@ -29,7 +28,9 @@ fn open(domain: c_int, kind: c_int, protocol: c_int) -> Result<Arc<Socket>> {
     if domain != libc::AF_INET && domain != libc::AF_INET6 {
         return Err(Errno::AFNOSUPPORT);
     }
-    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // rsocket(7) has no flags here, and librspreload.so takes its plain socket then. That is right as long as it could not
+    // carry what such a program calls next.
+    let flags = if preload::is_in_front() { libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC } else { 0 };
     let socket = match (kind & !flags, protocol) {
         (libc::SOCK_STREAM, 0 | libc::IPPROTO_TCP) => Socket::stream(domain)?,
         (libc::SOCK_DGRAM, 0 | libc::IPPROTO_UDP) => Socket::datagram(domain)?,
@@ -155,8 +156,7 @@ pub unsafe extern "C" fn raccept(socket: c_int, addr: *mut sockaddr, len: *mut s
         let peer = remote(&child).unwrap_or_default();
         // SAFETY: the program's room for an address.
         unsafe { write_address(&child, &peer, addr, len) }?;
-        table::add(&child);
-        number = child.number;
+        number = table::add(&child)?;
         Ok(())
     });
     if code == 0 { number } else { code }

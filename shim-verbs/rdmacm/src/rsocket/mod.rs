@@ -14,6 +14,7 @@ mod datagram;
 mod iomap;
 mod options;
 mod polling;
+mod preload;
 mod region;
 mod service;
 mod socket;

@@ -1,8 +1,10 @@
 //! One socket of any kind: its number, its options, its state behind one lock, and the threads that wait for it.
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rustix::io::fcntl_dupfd_cloexec;
 
 use super::cm::{Cm, Request};
 use super::datagram::Datagram;
@@ -28,10 +30,11 @@ pub struct State {
     pub waiters: Vec<RawFd>,
 }
 
-/// A socket. Its number is its event channel's descriptor, so no other file of the process has it.
+/// A socket.
 #[derive(Debug)]
 pub struct Socket {
-    pub number: RawFd,
+    /// Holds the socket's number, so that no other file of the process gets it.
+    number: OnceLock<OwnedFd>,
     /// AF_INET or AF_INET6.
     pub domain: i32,
     nonblocking: AtomicBool,
@@ -44,25 +47,38 @@ impl Socket {
     pub fn stream(domain: i32) -> Result<Arc<Socket>> {
         let options = Options::default();
         let stream = Stream::create(options.sizes())?;
-        Ok(Socket::new(stream.cm().fd(), domain, options, Body::Stream(stream)))
+        Ok(Socket::new(domain, options, Body::Stream(stream)))
     }
 
     pub fn datagram(domain: i32) -> Result<Arc<Socket>> {
         let options = Options::default();
         let datagram = Datagram::create()?;
-        Ok(Socket::new(datagram.cm().fd(), domain, options, Body::Datagram(datagram)))
+        Ok(Socket::new(domain, options, Body::Datagram(datagram)))
     }
 
     /// A socket for a connection request to one with these options.
     pub fn answer(domain: i32, options: &Options, request: Request, hello: &[u8]) -> Result<Arc<Socket>> {
         let stream = Stream::answer(request, hello, options.sizes())?;
-        Ok(Socket::new(stream.cm().fd(), domain, options.clone(), Body::Stream(stream)))
+        Ok(Socket::new(domain, options.clone(), Body::Stream(stream)))
     }
 
-    fn new(number: RawFd, domain: i32, options: Options, body: Body) -> Arc<Socket> {
+    fn new(domain: i32, options: Options, body: Body) -> Arc<Socket> {
         let state = Mutex::new(State { body, options, waiters: Vec::new() });
         let (nonblocking, fd_flags) = (AtomicBool::new(false), AtomicI32::new(0));
-        Arc::new(Socket { number, domain, nonblocking, fd_flags, state })
+        Arc::new(Socket { number: OnceLock::new(), domain, nonblocking, fd_flags, state })
+    }
+
+    /// The socket's number, taken when the program first gets it. Not before: librspreload.so of rdma-core 44 looks for
+    /// a socket among the program's descriptors from the lowest, and takes a number below its own for another file.
+    pub fn number(&self) -> Result<RawFd> {
+        if let Some(number) = self.number.get() {
+            return Ok(number.as_raw_fd());
+        }
+        let state = self.lock();
+        // SAFETY: open as long as the socket has a body, which it has while its state is locked.
+        let fd = unsafe { BorrowedFd::borrow_raw(state.cm()?.fd()) };
+        let fresh = fcntl_dupfd_cloexec(fd, 0)?;
+        Ok(self.number.get_or_init(|| fresh).as_raw_fd())
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
@@ -75,6 +91,11 @@ impl Socket {
 
     pub fn set_nonblocking(&self, on: bool) {
         self.nonblocking.store(on, Ordering::Relaxed);
+    }
+
+    /// Readable when [`Socket::progress`] has something to do.
+    pub fn handshake(&self) -> Option<RawFd> {
+        self.lock().cm().map(Cm::fd).ok()
     }
 
     /// Moves a handshake on; true once connected.

@@ -46,9 +46,12 @@ pub fn forget() {
     CURRENT.store(std::ptr::null_mut(), Ordering::Release);
 }
 
-pub fn add(socket: &Arc<Socket>) {
+/// Gives the program a socket; says by which number.
+pub fn add(socket: &Arc<Socket>) -> Result<RawFd> {
+    let number = socket.number()?;
     let mut sockets = process().sockets.write().unwrap_or_else(PoisonError::into_inner);
-    sockets.insert(socket.number, Arc::clone(socket));
+    sockets.insert(number, Arc::clone(socket));
+    Ok(number)
 }
 
 pub fn remove(number: RawFd) -> Result<Arc<Socket>> {

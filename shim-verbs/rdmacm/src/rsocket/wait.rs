@@ -93,7 +93,7 @@ pub fn ring(bells: &[RawFd]) {
 
 /// Waits until `events` are so for one socket; EAGAIN when the time is over.
 pub fn one(socket: &Arc<Socket>, events: i16, deadline: Deadline) -> Result<()> {
-    let entry = Entry { socket: Some(Arc::clone(socket)), fd: socket.number, events, revents: 0 };
+    let entry = Entry { socket: Some(Arc::clone(socket)), fd: -1, events, revents: 0 };
     match many(&mut [entry], deadline)? {
         0 => Err(Errno::AGAIN),
         _ => Ok(()),

@@ -142,7 +142,7 @@ impl Stream {
             if queue.has_room() {
                 fds.push(self.cm.fd());
             }
-            fds.extend(queue.pending.iter().map(|child| child.number));
+            fds.extend(queue.pending.iter().filter_map(|child| child.handshake()));
         }
     }
 
