@@ -96,6 +96,33 @@ pub unsafe fn copy_out(dst: LocalBytes, src: SharedBytes) {
     unsafe { ordered_copy(dst.addr as *mut u8, src.ptr, dst.len) };
 }
 
+/// Copies upwards and writes each byte exactly once: who saw the last byte may write there, and a memcpy, which covers
+/// a length with two stores that overlap, would take that back.
+///
+/// # Safety
+/// Both sides are valid for `len` bytes.
+unsafe fn copy_once(dst: *mut u8, src: *const u8, len: usize) {
+    let mut at = 0;
+    while len - at >= size_of::<u64>() {
+        // SAFETY: 8 bytes that begin before the end.
+        let word = unsafe { src.wrapping_add(at).cast::<u64>().read_unaligned() };
+        // SAFETY: as above; volatile, so that no compiler makes one memcpy of it.
+        unsafe { write_volatile(dst.wrapping_add(at).cast::<Unaligned>(), Unaligned(word)) };
+        at += size_of::<u64>();
+    }
+    for at in at..len {
+        // SAFETY: at < len.
+        let byte = unsafe { src.wrapping_add(at).read() };
+        // SAFETY: at < len.
+        unsafe { write_volatile(dst.wrapping_add(at), byte) };
+    }
+}
+
+/// Eight bytes anywhere.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned(u64);
+
 /// # Safety
 /// Both sides are valid for `len` bytes. They may be the same memory mapped twice; then they do not overlap partially,
 /// or the program asked for an undefined result.
@@ -119,6 +146,66 @@ unsafe fn ordered_copy(dst: *mut u8, src: *const u8, len: usize) {
     // SAFETY: body <= len.
     let tail_dst = unsafe { dst.add(body) };
     // SAFETY: the remaining len - body bytes.
-    unsafe { copy_nonoverlapping(tail_src, tail_dst, len - body) };
+    unsafe { copy_once(tail_dst, tail_src, len - body) };
     fence(Ordering::Release);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU8;
+
+    use super::*;
+
+    #[test]
+    fn every_length_is_copied_whole() {
+        let from: Vec<u8> = (0..200u8).collect();
+        for len in 0..from.len() {
+            for shift in 0..9 {
+                let mut to = [0xffu8; 220];
+                // SAFETY: `to` lives until after the copy.
+                let dst = unsafe { SharedBytes::new(to[shift..].as_mut_ptr(), len) };
+                // SAFETY: `from` has `len` bytes.
+                unsafe { copy_in(dst, LocalBytes { addr: from.as_ptr().addr() as u64, len }) };
+                assert_eq!(to[shift..shift + len], from[..len], "length {len} at {shift}");
+                assert!(to[..shift].iter().chain(&to[shift + len..]).all(|byte| *byte == 0xff));
+            }
+        }
+    }
+
+    /// Who sees the last byte of a copy may write there at once; the copy must not take that back.
+    #[test]
+    fn the_last_byte_is_written_once() {
+        const ROUNDS: u32 = 200_000;
+        #[repr(C, align(64))]
+        struct Lines([u8; 128]);
+        let lines = Box::leak(Box::new(Lines([0; 128])));
+        // Across two lines, as malloc'ed memory often lies.
+        let at = lines.0[16..80].as_mut_ptr();
+        // SAFETY: one byte of leaked memory, which the other thread touches only through this atomic.
+        let last = unsafe { AtomicU8::from_ptr(at.wrapping_add(63)) };
+        // SAFETY: leaked memory.
+        let dst = unsafe { SharedBytes::new(at, 64) };
+        let begun = std::time::Instant::now();
+        let wait_for = |mark: u8| {
+            while last.load(Ordering::Acquire) != mark {
+                assert!(begun.elapsed().as_secs() < 60, "{mark:#x} was overwritten");
+                std::hint::spin_loop();
+            }
+        };
+        let marks = || (0..ROUNDS).map(|round| 1 + (round % 100) as u8);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for mark in marks() {
+                    wait_for(mark);
+                    last.store(mark | 0x80, Ordering::Release);
+                }
+            });
+            for mark in marks() {
+                let from = [mark; 64];
+                // SAFETY: both sides have 64 bytes.
+                unsafe { copy_in(dst, LocalBytes { addr: from.as_ptr().addr() as u64, len: 64 }) };
+                wait_for(mark | 0x80);
+            }
+        });
+    }
 }
