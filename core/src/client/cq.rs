@@ -156,14 +156,17 @@ impl Cq {
             }
         });
         let mut filled = 0;
-        while filled < out.len() {
+        for _ in 0..ready.len() {
             let Some(index) = ready.pop_front() else { break };
             let Some(feed) = feeds[index].as_mut() else { continue };
             filled += self.drain(feed, &mut out[filled..]);
+            // It may have more, or will without another mark.
+            feed.listed = filled == out.len() || (feed.send && feed.lanes.send.outstanding());
+            if feed.listed {
+                ready.push_back(index);
+            }
             if filled == out.len() {
-                ready.push_back(index); // it may have more
-            } else {
-                feed.listed = false;
+                break;
             }
         }
         filled
@@ -211,14 +214,23 @@ impl Cq {
         }
     }
 
-    /// A send of the QP with dirty bit `bit` ended; the caller holds its queue's lock, which is all that orders this with
-    /// a change of `mapped`. Without a channel nobody sleeps: no fence, and the shared header stays untouched.
+    /// A send of the QP with dirty bit `bit` begins, and has been counted; the caller holds its queue's lock, which is all
+    /// that orders this with a change of `mapped`. Whoever takes the mark looks at the queue until the send is polled: so
+    /// nothing locked comes between its copy and the next one's.
     #[inline]
-    pub(super) fn sent(&self, bit: u32, solicited: bool) {
-        if self.channel.is_some() {
-            self.completed(bit, solicited);
-        } else if self.mapped.load(Ordering::Relaxed) {
+    pub(super) fn sending(&self, bit: u32) {
+        if self.mapped.load(Ordering::Relaxed) {
             self.shared[0].mark(bit);
+        }
+    }
+
+    /// A send ended. Without a channel nobody sleeps, and the shared header stays untouched.
+    #[inline]
+    pub(super) fn sent(&self, solicited: bool) {
+        if let Some(channel) = &self.channel
+            && self.shared[0].completed_here(solicited) == Ring::Bell
+        {
+            channel.ring();
         }
     }
 
@@ -238,7 +250,7 @@ impl Cq {
             inner.mapped = true;
             self.shared[0].map();
             self.mapped.store(true, Ordering::Relaxed);
-            // A send that ends after this marks; one that ended before is seen by whoever gets this CQ's lock next.
+            // A send that begins after this marks; one that began before is seen by whoever gets this CQ's lock next.
             settled.extend(inner.feeds.iter().flatten().filter_map(|feed| feed.lanes.qp.upgrade()));
             settled.iter().for_each(|qp| qp.settle());
             let Inner { feeds, ready, .. } = &mut *inner;

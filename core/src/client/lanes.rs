@@ -29,6 +29,8 @@ struct SendResult {
 #[derive(Debug)]
 pub struct SendLane {
     results: Box<[SendResult]>,
+    /// Requests begun; written under the send queue's lock.
+    begun: AtomicU32,
     /// Requests finished; written under the send queue's lock.
     done: AtomicU32,
     /// Results taken; written under the CQ's lock.
@@ -77,7 +79,7 @@ pub struct Lanes {
 impl SendLane {
     pub fn new(depth: u32) -> Self {
         let results = std::iter::repeat_with(SendResult::default).take(depth as usize).collect();
-        SendLane { results, done: AtomicU32::new(0), polled: AtomicU32::new(0) }
+        SendLane { results, begun: AtomicU32::new(0), done: AtomicU32::new(0), polled: AtomicU32::new(0) }
     }
 
     fn slot(&self, seq: u32) -> &SendResult {
@@ -88,6 +90,18 @@ impl SendLane {
     pub fn used(&self, posted: u32) -> u32 {
         // Acquire: a slot seen as polled was read before. Partner: poll()'s release store.
         posted.wrapping_sub(self.polled.load(Ordering::Acquire))
+    }
+
+    /// Poster: so many requests were posted, with the one that begins.
+    #[inline]
+    pub fn begin(&self, posted: u32) {
+        // Its partner is the mark that follows, or the lock of whoever lists all queues.
+        self.begun.store(posted, Ordering::Release);
+    }
+
+    /// CQ: are there requests that were not polled?
+    pub fn outstanding(&self) -> bool {
+        self.begun.load(Ordering::Acquire) != self.polled.load(Ordering::Relaxed)
     }
 
     /// Executor: request `done` (the next one) ended. `wanted`: it gets a completion.
@@ -133,6 +147,7 @@ impl SendLane {
 
     /// Owner, nobody polling: forgets everything.
     pub fn reset(&self) {
+        self.begun.store(0, Ordering::Release);
         self.done.store(0, Ordering::Release);
         self.polled.store(0, Ordering::Release);
     }

@@ -62,8 +62,8 @@ pub fn execute<M: PeerMemory>(request: &Request<'_>, progress: &mut Progress, en
     if let Err(status) = gathered.gather(request, &env.local) {
         return refused(status, progress, env);
     }
-    if let Target::Datagram(dest) = request.target {
-        return datagram(request, &dest, &gathered, env);
+    if let Target::Datagram(dest) = &request.target {
+        return datagram(request, dest, &gathered, env);
     }
     let Some(peer) = env.peer else { return Outcome::Absent };
     // Announced before the first look at state or keys: whoever changes them waits for us.

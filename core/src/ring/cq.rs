@@ -3,7 +3,7 @@
 //! The arm handshake. A sender completes its slot, then looks at `flags`; the owner arms `flags`, then polls again.
 //! Both sides put a sequentially consistent fence between store and load, so at least one of them sees the other.
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, asym, fence};
 
 /// Dirty bits; QPs beyond share bits.
 pub const DIRTY_BITS: u32 = 64 * 64;
@@ -48,12 +48,23 @@ pub enum Ring {
 }
 
 impl CqShared {
-    /// Completer (a peer, or the owner for its own sends), after the completion is visible: marks queue `bit` and says
-    /// whether the sleeper must be woken.
+    /// Completer, after the completion is visible: marks queue `bit` and says whether the sleeper must be woken.
     pub fn completed(&self, bit: Option<u32>, solicited: bool) -> Ring {
         // Partner: the fences in arm() and map().
         fence(Ordering::SeqCst);
         self.completed_fenced(bit, solicited)
+    }
+
+    /// The same for a send of the owner's own process, which was marked when it began.
+    #[inline]
+    pub fn completed_here(&self, solicited: bool) -> Ring {
+        // Partner: the heavy fence in arm().
+        if asym::works() {
+            asym::light();
+        } else {
+            fence(Ordering::SeqCst);
+        }
+        self.completed_fenced(None, solicited)
     }
 
     /// The same right after [`super::Claim::complete`], whose store has the fence behind it.
@@ -85,8 +96,8 @@ impl CqShared {
     /// Owner: the next completion (or solicited one) rings. The caller's program polls again afterwards, as verbs demand.
     pub fn arm(&self, solicited_only: bool) {
         self.flags.fetch_or(if solicited_only { ARMED_SOLICITED } else { ARMED }, Ordering::AcqRel);
-        // Partner: the fence in completed().
-        fence(Ordering::SeqCst);
+        // Partner: the fences in completed() and completed_here().
+        asym::heavy_here();
     }
 
     /// Owner: did someone ring since the last call?

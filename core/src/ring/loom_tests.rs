@@ -178,9 +178,25 @@ fn no_wake_up_is_lost() {
     assert!(seen || rung, "the owner would sleep on a completion");
 }
 
+/// The same where another thread of the owner's process ends a send, whose fence is the owner's.
+fn no_wake_up_is_lost_to_a_send() {
+    let queue = Queue::new(1);
+    let done = Arc::new(AtomicU32::new(0));
+    let (other, ended) = (Arc::clone(&queue), Arc::clone(&done));
+    let poster = thread::spawn(move || {
+        ended.store(1, Ordering::Release);
+        other.cq.completed_here(false) == Ring::Bell
+    });
+    queue.cq.arm(false);
+    let seen = done.load(Ordering::Acquire) == 1;
+    let rung = poster.join().expect("poster");
+    assert!(seen || rung, "the owner would sleep on a completion");
+}
+
 #[test]
 fn loom_no_wake_up_is_lost() {
     model(no_wake_up_is_lost);
+    model(no_wake_up_is_lost_to_a_send);
 }
 
 fn a_waiting_sender_is_told() {
@@ -322,6 +338,8 @@ breaks! {
     loom_without_release_a_taken_receive_is_torn: a_taken_receive_is_whole without Release, "left == right";
     loom_without_acquire_a_taken_receive_is_torn: a_taken_receive_is_whole without Acquire, "left == right";
     loom_without_fences_a_wake_up_is_lost: no_wake_up_is_lost without Fences, "the owner would sleep";
+    loom_without_fences_a_wake_up_is_lost_to_a_send:
+        no_wake_up_is_lost_to_a_send without Fences, "the owner would sleep";
     loom_without_fences_a_sender_waits_for_ever: a_waiting_sender_is_told without Fences, "would wait for ever";
     loom_without_fences_a_copy_lands_late: nothing_lands_after_revocation without Fences, "landed after";
     loom_without_its_fence_a_copy_lands_late:

@@ -102,9 +102,9 @@ impl Qp {
     /// ibv_post_send(3), one request.
     pub fn post_send(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
         self.check(&wr.request)?;
-        match wr.request.target {
+        match &wr.request.target {
             Target::Datagram(dest) => {
-                let request = Request { target: self.own_qkey(dest), ..wr.request };
+                let request = Request { target: self.own_qkey(*dest), ..wr.request };
                 self.queue(&SendWr { request, ..*wr })
             }
             _ => self.queue(wr),
@@ -122,6 +122,8 @@ impl Qp {
         if self.lanes.send.used(side.queue.posted) >= self.caps.max_send_wr {
             return Err(Errno::NOMEM);
         }
+        self.lanes.send.begin(side.queue.posted.wrapping_add(1));
+        self.send_cq.sending(self.send_bit);
         if side.queue.is_idle() && state == QpState::Rts {
             self.post_idle(&mut side, wr);
         } else {
@@ -353,7 +355,7 @@ impl Qp {
             self.send_failed(side);
         }
         if wanted {
-            self.send_cq.sent(self.send_bit, !ok);
+            self.send_cq.sent(!ok);
         }
     }
 
