@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use crate::failure::{Context as _, Failure, Result};
@@ -35,6 +35,18 @@ const LINKS: [(&str, &str); 3] = [
     ("libuct_ff.so.0.0.0", "lib/freeflow/ucx/libuct_ff.so.0"),
 ];
 
+/// What operators need, from the repository.
+const SHARED: [(&str, &str); 8] = [
+    ("packaging/freeflow.service", "share/freeflow/freeflow.service"),
+    ("packaging/router.toml", "share/freeflow/router.toml"),
+    ("packaging/directory.toml", "share/freeflow/directory.toml"),
+    ("packaging/Containerfile", "share/freeflow/Containerfile"),
+    ("docs/operate.md", "share/doc/freeflow/operate.md"),
+    ("docs/config.md", "share/doc/freeflow/config.md"),
+    ("LICENSE-APACHE", "share/doc/freeflow/LICENSE-APACHE"),
+    ("LICENSE-MIT", "share/doc/freeflow/LICENSE-MIT"),
+];
+
 /// A cold release build on a small, busy machine.
 const LIMIT: Duration = Duration::from_secs(1800);
 
@@ -43,8 +55,27 @@ pub fn run(portable: bool) -> Result<ExitCode> {
         return Err(Failure::new("dist --portable is not there yet; dist makes the tree for this system"));
     }
     let tree = build()?;
+    eprintln!("xtask: the same as a file: {}", pack(&tree)?.display());
     println!("{}", tree.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// The tree as a tarball, of the same bytes for the same tree: `tar -C /usr/local --strip-components=1 -xf` installs it.
+fn pack(tree: &Path) -> Result<PathBuf> {
+    let name = format!("freeflow-{}", env!("CARGO_PKG_VERSION"));
+    let file = layout::target().join(format!("{name}-linux-{}.tar.gz", std::env::consts::ARCH));
+    let mut tar = Command::new("tar");
+    tar.args([
+        "--sort=name",
+        "--owner=0",
+        "--group=0",
+        "--numeric-owner",
+        "--mtime=@0",
+        "--use-compress-program=gzip -n",
+    ]);
+    tar.arg(format!("--transform=s,^\\.,{name},")).arg("-C").arg(tree).arg("-cf").arg(&file).arg(".");
+    process::must(&mut tar, LIMIT)?;
+    Ok(file)
 }
 
 /// Builds the tree and returns its path.
@@ -65,10 +96,11 @@ pub fn build() -> Result<PathBuf> {
 fn assemble(built: &Path, tree: &Path) -> Result<()> {
     let aside = tree.with_extension("new");
     remove(&aside)?;
-    for (from, to) in FILES {
+    let files = FILES.map(|(from, to)| (built.join(from), to));
+    let shared = SHARED.map(|(from, to)| (layout::root().join(from), to));
+    for (from, to) in files.into_iter().chain(shared) {
         let to = aside.join(to);
         make_parent(&to)?;
-        let from = built.join(from);
         fs::copy(&from, &to).context(format_args!("cannot copy {} to {}", from.display(), to.display()))?;
     }
     for (to, link) in LINKS {

@@ -34,6 +34,7 @@ pub const TESTS: &[Package] = &[
     ("libibverbs-dev", "verbs headers, for the layout and conformance tests"),
     ("librdmacm-dev", "rdma_cm headers, for the layout and conformance tests"),
     ("binutils", "objdump, for the exported symbols"),
+    ("systemd", "systemd-analyze, which judges the router's unit"),
     ("etcd-server", "the directory of a cluster, started by its tests"),
 ];
 /// What the benchmarks compare with, and are built with.

@@ -5,6 +5,7 @@ mod clients;
 mod containers;
 mod examples;
 mod labs;
+mod operators;
 mod verbs_suite;
 
 use std::process::ExitCode;
@@ -75,6 +76,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
         tally.check(&client.name(), || labs::run_client(client));
     }
     verbs_suite::run(&mut tally, filter)?;
+    for (name, check) in operators::CHECKS.iter().filter(|(name, _)| chosen(name)) {
+        tally.check(name, check);
+    }
     if chosen(containers::NAME) {
         tally.check(containers::NAME, containers::run);
     }
