@@ -119,6 +119,12 @@ impl PeerMemory for Watched {
 
     fn bell(&mut self) {}
 
+    fn limit(&mut self) {}
+
+    fn is_reliable(&self) -> bool {
+        true
+    }
+
     fn fault(&mut self) {}
 }
 
@@ -166,6 +172,8 @@ proptest! {
         let peer = Peer {
             qp: map.get::<QpShared>(0).expect("header"),
             rq: RqShared::new(map.slice(SLOTS, DEPTH).expect("slots")),
+            srq: None,
+            recv_pd: 0,
             cq: map.get(CQ).expect("header"),
             cq_bit: 1,
             mrs: map.slice(TABLE, KEYS).expect("table"),
@@ -179,7 +187,7 @@ proptest! {
             _ => Target::Memory { addr, rkey: 1 << 16 },
         };
         let sges = [Sge { addr: LOCAL, length: len, lkey: 1 << 16 }];
-        let request = Send { op, flags: SendFlags::empty(), imm: 0, target, sges: &sges };
+        let request = Send { op, flags: SendFlags::empty(), imm: 0, target, srqn: 0, sges: &sges };
         let (mut progress, mut memory) = (Progress::default(), Watched(0));
         for _ in 0..4 {
             let local = LocalTable::new(std::slice::from_ref(&own), 1);

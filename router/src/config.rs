@@ -51,6 +51,8 @@ parameters! {
     max_qp: u32 = 4096;
     /// Completion queues per container.
     max_cq: u32 = 4096;
+    /// Shared receive queues per container.
+    max_srq: u32 = 4096;
     /// Completion channels per container.
     max_channel: u32 = 1024;
     /// Memory regions per container (a single process has at most 65536).

@@ -77,7 +77,7 @@ fn note_failure(shared: &Shared, owner: Owner, key: u32, why: &'static str) {
 /// The peer's entry for the key, copied once and judged, and the peer's virtual address of the range.
 fn check(plan: &CopyPlan, request: &CopyMem, right: Access) -> Result<(MrView, u64)> {
     let view = read_entry(plan, request.key)?;
-    if view.pd != plan.peer_pd {
+    if !plan.peer_pds.contains(&view.pd) {
         return Err(Refusal::Access("the region is in another protection domain"));
     }
     if !view.access.contains(right) {
@@ -126,7 +126,7 @@ struct InFlight<'a> {
 impl<'a> InFlight<'a> {
     fn enter(shared: &'a Shared, plan: &CopyPlan, view: &MrView) -> Result<Self> {
         let (client, key) = (plan.peer_client, view.key);
-        shared.with(|state| state.enter_copy(client, key, plan.peer_pd))?;
+        shared.with(|state| state.enter_copy(client, key, view.pd))?;
         let guard = InFlight { shared, client, key };
         // After entering: an owner that killed the entry and then deregisters now waits for this piece, or is seen here.
         let now = read_entry(plan, key)?;

@@ -17,10 +17,11 @@ pub enum Resource {
     Slabs,
     MrBytes,
     SlabBytes,
+    Srqs,
 }
 
 impl Resource {
-    const COUNT: usize = 9;
+    const COUNT: usize = 10;
 
     /// The parameter that sets its limit.
     pub fn parameter(self) -> &'static str {
@@ -34,6 +35,7 @@ impl Resource {
             "max_slab",
             "max_mr_bytes",
             "max_slab_bytes",
+            "max_srq",
         ];
         NAMES[self as usize]
     }
@@ -71,6 +73,7 @@ impl Quota {
             s.max_slab.into(),
             s.max_mr_bytes,
             s.max_slab_bytes,
+            s.max_srq.into(),
         ];
         Quota { used: [0; Resource::COUNT], limit }
     }

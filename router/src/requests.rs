@@ -14,7 +14,7 @@ use crate::copy;
 use crate::refusal::{Refusal, Result};
 use crate::session::{Failure, Reply, Session};
 use crate::shared::ring_bell;
-use crate::state::{NewQp, Notice, Slab};
+use crate::state::{NewQp, Notice, Slab, Srq};
 
 type Fds = Vec<Arc<OwnedFd>>;
 
@@ -53,6 +53,8 @@ const TABLE: &[Entry] = &[
     entry::<DeregMr>(),
     entry::<CreateQp>(),
     entry::<DestroyQp>(),
+    entry::<CreateSrq>(),
+    entry::<DestroySrq>(),
     entry::<Connect>(),
     entry::<Disconnect>(),
     entry::<Resolve>(),
@@ -78,6 +80,8 @@ pub fn limits(s: &Settings) -> Limits {
         max_pd: s.max_pd,
         max_qp_wr: s.max_qp_wr,
         max_cqe: s.max_cqe,
+        max_srq: s.max_srq,
+        _pad: 0,
         max_mr_bytes: s.max_mr_bytes,
     }
 }
@@ -228,8 +232,10 @@ impl Handle for DeregMr {
 
 impl Handle for CreateQp {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Id, Fds)> {
-        let CreateQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit } = self;
-        let new = NewQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit };
+        let CreateQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth, .. } = self;
+        let CreateQp { rq_sge, cq_bit, srq, xrcd, .. } = self;
+        let new =
+            NewQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit, srq, xrcd };
         id(session, claim::QP, session.shared.with(|state| state.create_qp(session.owner, new)))
     }
 }
@@ -237,6 +243,20 @@ impl Handle for CreateQp {
 impl Handle for DestroyQp {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
         done(session.shared.with(|state| state.destroy_qp(session.owner, self.qpn)))
+    }
+}
+
+impl Handle for CreateSrq {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Id, Fds)> {
+        let CreateSrq { pd, slab, off, slots, depth, cq, cq_bit, xrcd } = self;
+        let new = Srq { pd, slab, off, slots, depth, cq, cq_bit, xrcd, users: 0 };
+        id(session, claim::SRQ, session.shared.with(|state| state.create_srq(session.owner, new)))
+    }
+}
+
+impl Handle for DestroySrq {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.destroy_srq(session.owner, self.srq)))
     }
 }
 
@@ -256,7 +276,7 @@ impl Handle for Disconnect {
 impl Handle for Resolve {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(PeerInfo, Fds)> {
         let (qpn, dest, gid) = (self.qpn, self.dest_qpn, Gid(self.dgid));
-        session.shared.with(|state| state.resolve(session.owner, qpn, dest, gid))
+        session.shared.with(|state| state.resolve(session.owner, qpn, dest, gid, self.srqn))
     }
 }
 
@@ -275,6 +295,7 @@ impl Handle for Ring {
         };
         match self.what {
             ring::PROGRESS => notify(|qpn| Notice::PeerProgress { qpn }),
+            ring::LIMIT => done(shared.with(|state| state.srq_limit(owner, (qpn, dest, gid)))),
             ring::FAULT => notify(|qpn| Notice::PeerFault { qpn }),
             ring::BELL => {
                 let bell = shared.with(|state| state.peer_bell(owner, qpn, dest, gid))?;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use freeflow_core::ctl::{
-    ClientGone, PeerFault, PeerGone, PeerLeft, PeerProgress, PeerReady, Socket, SocketError,
+    ClientGone, PeerFault, PeerGone, PeerLeft, PeerProgress, PeerReady, Socket, SocketError, SrqLimit,
 };
 use freeflow_core::shm::Bell;
 
@@ -172,6 +172,7 @@ fn send(socket: &Socket, notice: Notice) -> Result<(), SocketError> {
         Notice::PeerFault { qpn } => socket.send_event(&PeerFault { qpn }),
         Notice::PeerGone { qpn } => socket.send_event(&PeerGone { qpn }),
         Notice::PeerLeft { qpn } => socket.send_event(&PeerLeft { qpn }),
+        Notice::SrqLimit { srq } => socket.send_event(&SrqLimit { srq }),
         Notice::ClientGone { client } => socket.send_event(&ClientGone { client }),
     }
 }

@@ -118,7 +118,10 @@ fn objects_of_others_cannot_be_named() {
         assert_eq!(client.refused(&DestroyQp { qpn: qp.qpn }), errno);
         assert_eq!(client.refused(&Connect { qpn: qp.qpn, dest_qpn: 5, dgid: gid }), errno);
         assert_eq!(client.refused(&Disconnect { qpn: qp.qpn, error: 0 }), errno);
-        assert_eq!(client.refused(&Resolve { qpn: qp.qpn, dest_qpn: 5, dgid: gid }), errno);
+        assert_eq!(
+            client.refused(&Resolve { qpn: qp.qpn, dest_qpn: 5, dgid: gid, ..Resolve::default() }),
+            errno
+        );
         assert_eq!(client.refused(&RegMr { pd: qp.pd, access: 0, addr: 0, len: 1 }), errno);
         assert_eq!(client.refused(&DeregMr { key, _pad: 0 }), Errno::NOENT);
         let (channel, off, _pad) = (0, 0, 0);
@@ -508,7 +511,8 @@ fn rings_reach_the_connected_peer() {
     assert_eq!(b.event::<PeerProgress>().qpn, qb.qpn);
     a.ask(&ring(ring::FAULT));
     assert_eq!(b.event::<PeerFault>().qpn, qb.qpn);
-    assert_eq!(a.refused(&ring(3)), Errno::INVAL);
+    assert_eq!(a.refused(&ring(99)), Errno::INVAL);
+    assert_eq!(a.refused(&ring(ring::LIMIT)), Errno::INVAL, "its receives are its own");
     let (info, fds) = a.resolve(qa, qb, b.gid());
     assert_eq!(info.fds.leading_zeros(), peer_fds::BELL.leading_zeros(), "the bell comes last");
     let given = fds.last().expect("bell");

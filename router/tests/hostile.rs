@@ -57,6 +57,8 @@ fn corpus(attacker: &Client, own: TestQp, victim: &Client, other: TestQp) -> Vec
         rq_depth: 16,
         rq_sge: 1,
         cq_bit: 0,
+        srq: 0,
+        xrcd: 0,
     };
     let key = attacker.ask(&RegMr { pd: own.pd, access: 7, addr: 0, len: 64 }).key;
     vec![
@@ -78,7 +80,7 @@ fn corpus(attacker: &Client, own: TestQp, victim: &Client, other: TestQp) -> Vec
         packet(&Connect { qpn, dest_qpn, dgid }),
         packet(&Connect { qpn: dest_qpn, dest_qpn: qpn, dgid }),
         packet(&Disconnect { qpn: dest_qpn, error: 1 }),
-        packet(&Resolve { qpn, dest_qpn, dgid }),
+        packet(&Resolve { qpn, dest_qpn, dgid, srqn: 0, _pad: 0 }),
         packet(&CopyMem { qpn, dest_qpn, dgid, kind: copy_kind::WRITE, key, local: 0, remote: 0, len: 64 }),
         packet(&Ring { qpn, dest_qpn, dgid, what: ring::FAULT }),
     ]

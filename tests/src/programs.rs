@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use std::{fs, process};
 
 /// One area each, in the order in which their failures are best read.
-pub const PROGRAMS: [&str; 11] = [
+pub const PROGRAMS: [&str; 14] = [
     "device",
     "objects",
     "qp_states",
@@ -17,6 +17,9 @@ pub const PROGRAMS: [&str; 11] = [
     "rc_teardown",
     "events",
     "ud",
+    "uc",
+    "srq",
+    "xrc",
     "memory",
     "large",
 ];

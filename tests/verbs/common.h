@@ -124,6 +124,7 @@ struct end_cfg {
 	uint64_t send_ops; /* made with ibv_create_qp_ex, posted to with ibv_wr_* */
 	struct ibv_cq *cq; /* share this CQ for both queues */
 	struct ibv_pd *pd; /* share this PD */
+	struct ibv_srq *srq; /* take receives from this queue */
 	size_t len;	   /* bytes in buf [4096] */
 };
 

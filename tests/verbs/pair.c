@@ -40,6 +40,7 @@ struct ibv_qp_init_attr qp_init_attr(const struct end_cfg *given, struct ibv_cq 
 	return (struct ibv_qp_init_attr){
 		.send_cq = scq,
 		.recv_cq = rcq,
+		.srq = c.srq,
 		.qp_type = c.type,
 		.sq_sig_all = !c.unsignalled,
 		.cap = { .max_send_wr = (uint32_t)c.send_wr,
@@ -59,7 +60,7 @@ static void make_qp(struct end *e)
 		return;
 	}
 	struct ibv_qp_init_attr_ex ex = {
-		.send_cq = plain.send_cq, .recv_cq = plain.recv_cq, .cap = plain.cap, .qp_type = plain.qp_type,
+		.send_cq = plain.send_cq, .recv_cq = plain.recv_cq, .srq = plain.srq, .cap = plain.cap, .qp_type = plain.qp_type,
 		.sq_sig_all = plain.sq_sig_all, .pd = e->pd, .send_ops_flags = e->cfg.send_ops,
 		.comp_mask = IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS,
 	};
@@ -115,6 +116,12 @@ static struct ibv_ah_attr towards(const struct end *e)
 	return ah;
 }
 
+/* Attributes of a transition, which UD has none of. */
+static int by_type(const struct end *e, int rc, int uc)
+{
+	return e->cfg.type == IBV_QPT_UD ? 0 : e->cfg.type == IBV_QPT_UC ? uc : rc;
+}
+
 int qp_init(struct end *e)
 {
 	struct ibv_qp_attr a = { .qp_state = IBV_QPS_INIT, .port_num = port_num, .qp_access_flags = (unsigned)e->cfg.qp_access, .qkey = UD_QKEY };
@@ -128,9 +135,10 @@ int qp_rtr(struct end *e)
 	struct ibv_qp_attr a = { .qp_state = IBV_QPS_RTR, .path_mtu = port_attr.active_mtu, .dest_qp_num = e->peer.qpn, .rq_psn = e->peer.psn,
 				 .max_dest_rd_atomic = (uint8_t)e->cfg.rd_atomic, .min_rnr_timer = (uint8_t)e->cfg.min_rnr_timer,
 				 .ah_attr = towards(e) };
-	int rc = IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
+	int uc = IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN;
+	int rc = uc | IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER;
 
-	return ibv_modify_qp(e->qp, &a, IBV_QP_STATE | (e->cfg.type == IBV_QPT_UD ? 0 : rc));
+	return ibv_modify_qp(e->qp, &a, IBV_QP_STATE | by_type(e, rc, uc));
 }
 
 int qp_rts(struct end *e)
@@ -140,7 +148,7 @@ int qp_rts(struct end *e)
 				 .max_rd_atomic = (uint8_t)e->cfg.rd_atomic };
 	int rc = IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
 
-	return ibv_modify_qp(e->qp, &a, IBV_QP_STATE | IBV_QP_SQ_PSN | (e->cfg.type == IBV_QPT_UD ? 0 : rc));
+	return ibv_modify_qp(e->qp, &a, IBV_QP_STATE | IBV_QP_SQ_PSN | by_type(e, rc, 0));
 }
 
 void end_connect(struct end *e)

@@ -18,6 +18,7 @@ use super::helper::Helper;
 use super::peers::Peers;
 use super::qp::Qp;
 use super::slab::Slabs;
+use super::srq::Srq;
 use super::stall::Stalled;
 
 /// What is known of the device without opening it.
@@ -41,6 +42,7 @@ pub struct Context {
     pub(super) peers: Peers,
     pub(super) mrs: View<MrEntry>,
     pub(super) qps: Mutex<HashMap<u32, Weak<Qp>>>,
+    pub(super) srqs: Mutex<HashMap<u32, Weak<Srq>>>,
     pub(super) stalled: Stalled,
     pub(super) events: AsyncQueue,
     pub(super) helper: Helper,
@@ -66,6 +68,7 @@ impl Context {
             peers: Peers::default(),
             mrs,
             qps: Mutex::default(),
+            srqs: Mutex::default(),
             stalled: Stalled::default(),
             events: AsyncQueue::new()?,
             helper: Helper::new(events)?,
@@ -106,6 +109,10 @@ impl Context {
 
     pub(super) fn qp(&self, qpn: u32) -> Option<Arc<Qp>> {
         self.qps.lock().unwrap_or_else(PoisonError::into_inner).get(&qpn)?.upgrade()
+    }
+
+    pub(super) fn srq(&self, number: u32) -> Option<Arc<Srq>> {
+        self.srqs.lock().unwrap_or_else(PoisonError::into_inner).get(&number)?.upgrade()
     }
 
     pub(super) fn all_qps(&self) -> Vec<Arc<Qp>> {

@@ -19,7 +19,9 @@ use super::channel::Channel;
 use super::context::Context;
 use super::lanes::Lanes;
 use super::lock::Lock;
+use super::qp::Qp;
 use super::slab::{Block, BlockKind};
+use super::srq::XrcQueue;
 
 /// Lanes up to which polling all of them is cheaper than asking peers to mark.
 const SCAN_LIMIT: usize = 8;
@@ -42,10 +44,18 @@ pub struct Cq {
     inner: Lock<Inner>,
 }
 
+/// What is polled.
+#[derive(Debug, Clone)]
+enum Polled {
+    Qp(Arc<Lanes>),
+    /// The receives of an XRC shared receive queue.
+    Queue(Arc<XrcQueue>),
+}
+
 /// A QP attached here, once or as both of its lanes.
 #[derive(Debug, Clone)]
 struct Feed {
-    lanes: Arc<Lanes>,
+    polled: Polled,
     pd: u32,
     send: bool,
     recv: bool,
@@ -53,6 +63,20 @@ struct Feed {
     listed: bool,
     /// Sends alone filled the last poll: now the receives have the first turn.
     receive_first: bool,
+}
+
+impl Feed {
+    /// Are there sends on the way, which will complete without another mark?
+    fn sends(&self) -> bool {
+        matches!(&self.polled, Polled::Qp(lanes) if self.send && lanes.send.outstanding())
+    }
+
+    fn qp(&self) -> Option<Arc<Qp>> {
+        match &self.polled {
+            Polled::Qp(lanes) => lanes.qp.upgrade(),
+            Polled::Queue(_) => None,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -161,7 +185,7 @@ impl Cq {
             let Some(feed) = feeds[index].as_mut() else { continue };
             filled += self.drain(feed, &mut out[filled..]);
             // It may have more, or will without another mark.
-            feed.listed = filled == out.len() || (feed.send && feed.lanes.send.outstanding());
+            feed.listed = filled == out.len() || feed.sends();
             if feed.listed {
                 ready.push_back(index);
             }
@@ -173,9 +197,13 @@ impl Cq {
     }
 
     fn drain(&self, feed: &mut Feed, out: &mut [Wc]) -> usize {
+        let lanes = match &feed.polled {
+            Polled::Qp(lanes) => lanes,
+            Polled::Queue(queue) => return fill(out, || queue.poll()),
+        };
         let table = LocalTable::new(&self.context.mrs, feed.pd);
-        let send = |out: &mut [Wc]| if feed.send { feed.lanes.poll_send(out) } else { 0 };
-        let receive = |out: &mut [Wc]| if feed.recv { fill(out, || feed.lanes.poll_recv(&table)) } else { 0 };
+        let send = |out: &mut [Wc]| if feed.send { lanes.poll_send(out) } else { 0 };
+        let receive = |out: &mut [Wc]| if feed.recv { fill(out, || lanes.poll_recv(&table)) } else { 0 };
         if feed.receive_first {
             let received = receive(out);
             feed.receive_first = false;
@@ -236,6 +264,17 @@ impl Cq {
 
     /// Attaches a QP's lanes. A QP that has this CQ for both lanes is attached once.
     pub(super) fn attach(&self, lanes: &Arc<Lanes>, pd: u32, send: bool, recv: bool) -> u32 {
+        let polled = Polled::Qp(Arc::clone(lanes));
+        self.add(Feed { polled, pd, send, recv, listed: false, receive_first: false })
+    }
+
+    /// The same for the receives of an XRC shared receive queue.
+    pub(super) fn attach_queue(&self, queue: &Arc<XrcQueue>) -> u32 {
+        let polled = Polled::Queue(Arc::clone(queue));
+        self.add(Feed { polled, pd: 0, send: false, recv: true, listed: false, receive_first: false })
+    }
+
+    fn add(&self, feed: Feed) -> u32 {
         let mut settled = Vec::new(); // dropped after the lock: the last reference to a QP detaches it
         let mut inner = self.inner.lock();
         let index = inner.feeds.iter().position(Option::is_none).unwrap_or_else(|| {
@@ -243,15 +282,14 @@ impl Cq {
             inner.feeds.len() - 1
         });
         let bit = index as u32 % DIRTY_BITS;
-        inner.feeds[index] =
-            Some(Feed { lanes: Arc::clone(lanes), pd, send, recv, listed: false, receive_first: false });
+        inner.feeds[index] = Some(feed);
         inner.count += 1;
         if inner.count > SCAN_LIMIT && !inner.mapped {
             inner.mapped = true;
             self.shared[0].map();
             self.mapped.store(true, Ordering::Relaxed);
             // A send that begins after this marks; one that began before is seen by whoever gets this CQ's lock next.
-            settled.extend(inner.feeds.iter().flatten().filter_map(|feed| feed.lanes.qp.upgrade()));
+            settled.extend(inner.feeds.iter().flatten().filter_map(Feed::qp));
             settled.iter().for_each(|qp| qp.settle());
             let Inner { feeds, ready, .. } = &mut *inner;
             for (index, feed) in feeds.iter_mut().enumerate() {
@@ -266,9 +304,17 @@ impl Cq {
 
     /// Detaches a QP; its completions that were not polled are gone, as ibv_destroy_qp(3) says.
     pub(super) fn detach(&self, lanes: &Arc<Lanes>) {
+        self.remove(|polled| matches!(polled, Polled::Qp(there) if Arc::ptr_eq(there, lanes)));
+    }
+
+    pub(super) fn detach_queue(&self, queue: &Arc<XrcQueue>) {
+        self.remove(|polled| matches!(polled, Polled::Queue(there) if Arc::ptr_eq(there, queue)));
+    }
+
+    fn remove(&self, which: impl Fn(&Polled) -> bool) {
         let mut inner = self.inner.lock();
         for feed in &mut inner.feeds {
-            if feed.as_ref().is_some_and(|feed| Arc::ptr_eq(&feed.lanes, lanes)) {
+            if feed.as_ref().is_some_and(|feed| which(&feed.polled)) {
                 *feed = None;
             }
         }

@@ -20,6 +20,8 @@ pub enum AsyncKind {
     CommEst = 4,
     SqDrained = 5,
     DeviceFatal = 8,
+    SrqLimit = 15,
+    QpLastWqe = 16,
 }
 
 /// An event, and what it is about: the cookie its object was created with, 0 for the device.

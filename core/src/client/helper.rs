@@ -14,6 +14,7 @@ use rustix::net::RecvFlags;
 
 use crate::ctl::{
     ClientGone, Incoming, PeerFault, PeerGone, PeerLeft, PeerProgress, PeerReady, Socket, SocketError,
+    SrqLimit,
 };
 use crate::error::{Error, Result};
 
@@ -275,6 +276,8 @@ fn act(event: &Incoming, context: &Arc<Context>) {
         context.qp(qpn).inspect(|qp| qp.fail(AsyncKind::QpAccessErr));
     } else if let Some(PeerGone { qpn }) = event.event() {
         context.qp(qpn).inspect(|qp| qp.orphan());
+    } else if let Some(SrqLimit { srq }) = event.event() {
+        context.srq(srq).inspect(|srq| srq.limit_reached());
     } else if let Some(ClientGone { client }) = event.event() {
         context.peers.forget(client);
     }

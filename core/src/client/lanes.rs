@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use arrayvec::ArrayVec;
 
 use crate::exec::LocalTable;
-use crate::ring::{Completion, INLINE_BYTES, QpShared, RecvSlot, RqShared, Taken};
+use crate::ring::{Completion, INLINE_BYTES, QpShared, RecvSlot, RqShared, SlotPayload, Taken};
 use crate::shm::{LocalBytes, SharedBytes, View, copy_out, prefetch_for_write};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::verbs::{Access, QpState, QpType, SendOp, Sge, Wc, WcOpcode, WcStatus, limits, wc_flags};
 
 use super::qp::Qp;
+use super::tickets::{Source, Tickets};
 
 const MAX_SGE: usize = limits::SGE as usize;
 
@@ -39,7 +40,7 @@ pub struct SendLane {
 
 /// A posted receive as its owner remembers it.
 #[derive(Debug, Default)]
-struct PrivateRecv {
+pub struct PrivateRecv {
     wr_id: AtomicU64,
     count: AtomicU32,
     sges: [[AtomicU64; 2]; MAX_SGE],
@@ -65,6 +66,8 @@ pub struct Lanes {
     pub shared: View<QpShared>,
     pub send: SendLane,
     pub recv: RecvLane,
+    /// With a shared receive queue: `recv` holds tickets for its receives.
+    pub tickets: Option<Tickets>,
     /// A `QpState`: the private truth; the shared header only tells peers.
     state: AtomicU32,
     /// Held while the state changes: the program, a poller and the helper may each have a reason at once.
@@ -163,6 +166,11 @@ impl RecvLane {
         RqShared::new(&self.slots)
     }
 
+    /// The tickets of a QP whose receives are elsewhere.
+    pub fn tickets(slots: View<RecvSlot>) -> Self {
+        RecvLane { slots, private: Box::default(), posted: AtomicU32::new(0), polled: AtomicU32::new(0) }
+    }
+
     fn slot(&self, seq: u32) -> &PrivateRecv {
         &self.private[seq as usize & (self.private.len() - 1)]
     }
@@ -175,12 +183,7 @@ impl RecvLane {
             return false;
         }
         let slot = self.slot(seq);
-        slot.wr_id.store(wr_id, Ordering::Relaxed);
-        slot.count.store(sges.len() as u32, Ordering::Relaxed);
-        for (words, sge) in slot.sges.iter().zip(sges) {
-            words[0].store(sge.addr, Ordering::Relaxed);
-            words[1].store(u64::from(sge.length) | u64::from(sge.lkey) << 32, Ordering::Relaxed);
-        }
+        slot.set(wr_id, sges);
         self.ring().post(seq, sges);
         let next = seq.wrapping_add(1);
         // Release: partner is poll()'s acquire load; the private half is written.
@@ -207,12 +210,13 @@ impl Lanes {
         shared: View<QpShared>,
         send: SendLane,
         recv: RecvLane,
+        tickets: Option<Tickets>,
         qp: Weak<Qp>,
     ) -> Arc<Self> {
         let state = AtomicU32::new(QpState::Reset as u32);
         let (deserted, established) = (AtomicBool::new(false), AtomicBool::new(false));
         let (qpn, changing) = (AtomicU32::new(0), Mutex::default());
-        Arc::new(Lanes { qpn, kind, shared, send, recv, state, changing, deserted, established, qp })
+        Arc::new(Lanes { qpn, kind, shared, send, recv, tickets, state, changing, deserted, established, qp })
     }
 
     pub fn qpn(&self) -> u32 {
@@ -261,6 +265,12 @@ impl Lanes {
 
     /// CQ: takes the next receive completion.
     pub fn poll_recv(&self, table: &LocalTable<'_>) -> Option<Wc> {
+        if let Some(tickets) = &self.tickets {
+            return match &tickets.source {
+                Source::Queue(srq) => self.poll_tickets(tickets, |_| Some(&**srq)).map(|(_, wc)| wc),
+                Source::Domain(_) => None, // polled by the queues they are of
+            };
+        }
         let lane = &self.recv;
         let seq = lane.polled.load(Ordering::Relaxed);
         if seq == lane.posted.load(Ordering::Acquire) {
@@ -286,24 +296,54 @@ impl Lanes {
                 wc.opcode = WcOpcode::Recv as u32;
             }
             Taken::Done(said, payload) => {
-                mine.judge(&said, &mut wc);
-                if wc.status == 0 && said.flags & Completion::INLINE != 0 {
-                    mine.scatter(&payload.read()[..wc.byte_len as usize], table, &mut wc);
-                }
+                mine.receive(&said, &payload, table, &mut wc);
             }
         }
         lane.polled.store(seq.wrapping_add(1), Ordering::Release);
+        self.arrived(&wc);
+        Some(wc)
+    }
+
+    /// What a receive completion means for the QP.
+    pub(super) fn arrived(&self, wc: &Wc) {
         if self.state() == QpState::Rtr && !self.established.swap(true, Ordering::Relaxed) {
             self.qp.upgrade().inspect(|qp| qp.established());
         }
         if wc.status != 0 && wc.status != WcStatus::WrFlushErr as u32 {
             let _ = self.qp.upgrade().is_some_and(|qp| qp.enter_error());
         }
-        Some(wc)
     }
 }
 
 impl PrivateRecv {
+    pub(super) fn set(&self, wr_id: u64, sges: &[Sge]) {
+        self.wr_id.store(wr_id, Ordering::Relaxed);
+        self.count.store(sges.len() as u32, Ordering::Relaxed);
+        for (words, sge) in self.sges.iter().zip(sges) {
+            words[0].store(sge.addr, Ordering::Relaxed);
+            words[1].store(u64::from(sge.length) | u64::from(sge.lkey) << 32, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn get(&self) -> (u64, ArrayVec<Sge, MAX_SGE>) {
+        (self.wr_id.load(Ordering::Relaxed), self.sges().collect())
+    }
+
+    /// Makes the completion of a receive that a peer says it filled; what is inline is copied to its place.
+    pub(super) fn receive(
+        &self,
+        said: &Completion,
+        payload: &SlotPayload<'_>,
+        table: &LocalTable<'_>,
+        wc: &mut Wc,
+    ) {
+        wc.wr_id = self.wr_id.load(Ordering::Relaxed);
+        self.judge(said, wc);
+        if wc.status == 0 && said.flags & Completion::INLINE != 0 {
+            self.scatter(&payload.read()[..wc.byte_len as usize], table, wc);
+        }
+    }
+
     fn sges(&self) -> impl Iterator<Item = Sge> + '_ {
         self.sges.iter().take(self.count.load(Ordering::Relaxed) as usize).map(|words| {
             let len_lkey = words[1].load(Ordering::Relaxed);
@@ -366,7 +406,7 @@ mod tests {
         let map = Arc::new(Mapping::new(fd, 0, 8192, true).expect("mapping"));
         let shared = View::new(Arc::clone(&map), 0, 1).expect("header");
         let recv = RecvLane::new(View::new(map, 4096, DEPTH).expect("slots"));
-        let lanes = Lanes::new(QpType::Rc, shared, SendLane::new(4), recv, Weak::new());
+        let lanes = Lanes::new(QpType::Rc, shared, SendLane::new(4), recv, None, Weak::new());
         lanes.set_state(QpState::Rts);
         lanes
     }

@@ -46,6 +46,7 @@ enum Again {
     Cq(CreateCq),
     Mr(RegMr),
     Qp(CreateQp, Option<Connect>),
+    Srq(CreateSrq),
 }
 
 /// What this connection has at the router.
@@ -109,6 +110,7 @@ impl Again {
             Again::Channel(bell) => socket.call(&CreateChannel {}, &[bell.as_fd()]).map(drop),
             Again::Cq(request) => socket.call(request, &[]).map(drop),
             Again::Mr(request) => socket.call(request, &[]).map(drop),
+            Again::Srq(request) => socket.call(request, &[]).map(drop),
             Again::Qp(request, connection) => {
                 socket.call(request, &[])?;
                 connection.map_or(Ok(()), |connect| socket.call(&connect, &[]).map(drop))
@@ -138,6 +140,7 @@ objects! {
     AllocPd, claim::OBJECT, |_this, sent, _got| sent.first().and_then(keep).map(Again::Pd);
     CreateChannel, claim::OBJECT, |_this, sent, _got| sent.first().and_then(keep).map(Again::Channel);
     CreateCq, claim::OBJECT, |this, _sent, _got| Some(Again::Cq(*this));
+    CreateSrq, claim::SRQ, |this, _sent, _got| Some(Again::Srq(*this));
     CreateQp, claim::QP, |this, _sent, _got| Some(Again::Qp(*this, None));
 }
 
@@ -163,6 +166,7 @@ ends! {
     DestroyCq, claim::OBJECT, cq;
     DeregMr, claim::KEY, key;
     DestroyQp, claim::QP, qpn;
+    DestroySrq, claim::SRQ, srq;
 }
 
 impl Record for RegMr {

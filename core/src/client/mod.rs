@@ -22,7 +22,9 @@ mod pd;
 mod peers;
 mod qp;
 mod slab;
+mod srq;
 mod stall;
+mod tickets;
 mod window;
 
 pub use ah::Ah;
@@ -34,4 +36,6 @@ pub use cq::Cq;
 pub use events::{AsyncEvent, AsyncKind};
 pub use pd::{Mr, Pd};
 pub use qp::{Qp, QpInit, SendWr};
+pub use srq::{Srq, SrqInit, Xrcd};
+pub use tickets::Source;
 pub use window::Window;

@@ -7,12 +7,12 @@ use rustix::io::Errno;
 use crate::ctl::{CopyMem, Ring, ring};
 use crate::error::Error;
 use crate::exec::{FarCopy, PeerMemory, Reach};
-use crate::ring::MrEntry;
+use crate::ring::{MrEntry, RqShared};
 use crate::shm::{Mapping, PAGE, SharedBytes};
-use crate::verbs::Gid;
+use crate::verbs::{Gid, QpType};
 
 use super::conn::Conn;
-use super::peers::PeerQp;
+use super::peers::{PeerQp, PeerSrq};
 
 /// The extent used last: most requests of a QP go to one MR.
 #[derive(Debug)]
@@ -44,7 +44,9 @@ impl DirectPath {
         let DirectPath { peer, dgid, recent } = self;
         let view = crate::exec::Peer {
             qp: &peer.qp[0],
-            rq: crate::ring::RqShared::new(&peer.slots),
+            rq: RqShared::new(&peer.slots),
+            srq: peer.srq.as_ref().map(PeerSrq::ring),
+            recv_pd: peer.recv_pd,
             cq: &peer.cq[0],
             cq_bit: peer.cq_bit,
             mrs: &peer.mrs,
@@ -82,7 +84,7 @@ impl Bound<'_> {
             return Some(self.unmoved(va, len));
         };
         // A window that cannot be mapped (no address space, nonsense in the table) is left to the router's judgement.
-        let Ok(map) = self.peer.memory.window(extent) else { return Some(Reach::Far(len)) };
+        let Ok(map) = self.peer.memory_of(view.pd).window(extent) else { return Some(Reach::Far(len)) };
         // The window begins with the extent's first page.
         let first = map.base().wrapping_add((extent.va % PAGE) as usize);
         // SAFETY: whole pages around the extent are mapped, and stay so while `Recent` holds the mapping.
@@ -141,6 +143,14 @@ impl PeerMemory for Bound<'_> {
             Some(bell) => bell.ring(),
             None => self.ring(ring::BELL),
         }
+    }
+
+    fn limit(&mut self) {
+        self.ring(ring::LIMIT);
+    }
+
+    fn is_reliable(&self) -> bool {
+        self.peer.kind != QpType::Uc
     }
 
     fn fault(&mut self) {

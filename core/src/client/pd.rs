@@ -192,7 +192,7 @@ impl Drop for Mr {
         }
         context.mrs[slot_of(self.key)].kill();
         let deadline = Instant::now() + QUIESCE;
-        for qp in context.all_qps().into_iter().filter(|qp| qp.pd_id() == self.pd.id) {
+        for qp in context.all_qps().into_iter().filter(|qp| qp.touches(self.pd.id)) {
             // A send of ours may be reading it; the next one sees the dead key.
             qp.settle();
             if !qp.quiesce(deadline) {

@@ -9,8 +9,9 @@ use rustix::io::Errno;
 
 use crate::ctl::{PeerInfo, peer_fds};
 use crate::error::{Error, Result};
-use crate::ring::{CqShared, Extent, MR_SLOTS, MrEntry, QpShared, RecvSlot};
+use crate::ring::{CqShared, Extent, MR_SLOTS, MrEntry, QpShared, RecvSlot, RqShared, SrqRing, SrqShared};
 use crate::shm::{Bell, Mapping, PAGE, View};
+use crate::verbs::QpType;
 
 /// Mappings of one PD kept at a time; beyond, all unused ones are dropped.
 const MAX_WINDOWS: usize = 4096;
@@ -25,6 +26,10 @@ pub struct PeerQp {
     pub qpn: u32,
     pub qp: View<QpShared>,
     pub slots: View<RecvSlot>,
+    pub srq: Option<PeerSrq>,
+    /// The PD of its receives' keys.
+    pub recv_pd: u32,
+    pub kind: QpType,
     pub cq: View<CqShared>,
     pub cq_bit: u32,
     pub mrs: View<MrEntry>,
@@ -32,6 +37,31 @@ pub struct PeerQp {
     pub memory: Arc<PdMemoryView>,
     /// Of the channel of its receive CQ. None: there is none, or it cannot be opened here, and the router rings.
     pub bell: Option<Arc<Bell>>,
+}
+
+/// A peer's shared receive queue.
+#[derive(Debug)]
+pub struct PeerSrq {
+    pub header: View<SrqShared>,
+    pub slots: View<RecvSlot>,
+    pub pd: u32,
+    pub memory: Arc<PdMemoryView>,
+}
+
+impl PeerSrq {
+    pub fn ring(&self) -> SrqRing<'_> {
+        SrqRing { header: &self.header[0], slots: RqShared::new(&self.slots) }
+    }
+}
+
+impl PeerQp {
+    /// The memory of the PD that a region is in: the QP's, or that of its receives.
+    pub fn memory_of(&self, pd: u32) -> &PdMemoryView {
+        match &self.srq {
+            Some(srq) if srq.pd == pd => &srq.memory,
+            _ => &self.memory,
+        }
+    }
 }
 
 /// The memfd of a peer's PD and what of it is mapped here.
@@ -149,12 +179,18 @@ impl Process {
             map.dont_fork();
             self.mrs = Some(Arc::new(map));
         }
+        let memory = |fd| PdMemoryView::new(fd).map_err(Error::system("fstat of a peer's memory"));
         if let Some(fd) = next(peer_fds::PD) {
-            let view = PdMemoryView::new(fd).map_err(Error::system("fstat of a peer's memory"))?;
-            self.pds.insert(info.pd, Arc::new(view));
+            self.pds.insert(info.pd, Arc::new(memory(fd)?));
         }
         if let Some(fd) = next(peer_fds::BELL) {
             Bell::open(&fd).ok().map(|bell| self.bells.insert(info.channel, Arc::new(bell)));
+        }
+        if let Some(fd) = next(peer_fds::SRQ_SLAB) {
+            self.slabs.insert(info.srq_slab, map_whole(fd)?);
+        }
+        if let Some(fd) = next(peer_fds::SRQ_PD) {
+            self.pds.insert(info.srq_pd, Arc::new(memory(fd)?));
         }
         Ok(())
     }
@@ -166,17 +202,32 @@ impl Process {
         if depth != 0 && !depth.is_power_of_two() {
             return None;
         }
+        let srq = if info.srq == 0 { None } else { Some(self.view_srq(info)?) };
         Some(PeerQp {
             client: info.client,
             qpn,
             qp: View::new(Arc::clone(slab), u64::from(info.qp_off), 1)?,
             slots: View::new(Arc::clone(slab), u64::from(info.rq_off), depth)?,
+            recv_pd: srq.as_ref().map_or(info.pd, |srq| srq.pd),
+            srq,
+            kind: QpType::try_from(info.kind).ok()?,
             cq: View::new(Arc::clone(cq_slab), u64::from(info.cq_off), 1)?,
             cq_bit: info.cq_bit,
             mrs: View::new(Arc::clone(self.mrs.as_ref()?), 0, MR_SLOTS)?,
             pd: info.pd,
             memory: Arc::clone(self.pds.get(&info.pd)?),
             bell: self.bells.get(&info.channel).cloned(),
+        })
+    }
+
+    fn view_srq(&self, info: &PeerInfo) -> Option<PeerSrq> {
+        let slab = self.slabs.get(&info.srq_slab)?;
+        let depth = Some(info.srq_depth as usize).filter(|depth| depth.is_power_of_two())?;
+        Some(PeerSrq {
+            header: View::new(Arc::clone(slab), u64::from(info.srq_off), 1)?,
+            slots: View::new(Arc::clone(slab), u64::from(info.srq_slots), depth)?,
+            pd: info.srq_pd,
+            memory: Arc::clone(self.pds.get(&info.srq_pd)?),
         })
     }
 }

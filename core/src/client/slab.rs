@@ -23,6 +23,7 @@ const ALIGN: u64 = 64;
 pub enum BlockKind {
     Qp,
     Cq,
+    Srq,
 }
 
 /// A piece of a slab.

@@ -89,6 +89,8 @@ body! {
         max_pd: u32,
         max_qp_wr: u32,
         max_cqe: u32,
+        max_srq: u32,
+        _pad: u32,
         /// Registered bytes.
         max_mr_bytes: u64,
     }
@@ -126,6 +128,8 @@ pub mod claim {
     pub const QP: u32 = 1;
     /// A memory region's key: the client's own table holds it, so it needs no proof.
     pub const KEY: u32 = 2;
+    /// A shared receive queue's number.
+    pub const SRQ: u32 = 3;
 }
 
 body! {
@@ -162,6 +166,9 @@ pub mod peer_fds {
     pub const MR_TABLE: u32 = 4;
     pub const PD: u32 = 8;
     pub const BELL: u32 = 16;
+    pub const SRQ_SLAB: u32 = 32;
+    /// Of the shared receive queue, where it is another than the QP's.
+    pub const SRQ_PD: u32 = 64;
 }
 
 body! {
@@ -183,7 +190,15 @@ body! {
         channel: u32,
         /// Bit of this QP in the CQ's dirty map.
         cq_bit: u32,
-        _pad: u32,
+        /// 0: it has receives of its own; else the number of the shared receive queue, and where that lives.
+        srq: u32,
+        srq_pd: u32,
+        srq_slab: u32,
+        srq_off: u32,
+        srq_slots: u32,
+        srq_depth: u32,
+        /// verbs' ibv_qp_type.
+        kind: u32,
     }
 }
 
@@ -207,6 +222,10 @@ requests! {
     /// `kind` is verbs' ibv_qp_type.
     11 CreateQp [0] {
         pd: u32, send_cq: u32, recv_cq: u32, kind: u32, slab: u32, qp_off: u32, rq_off: u32, rq_depth: u32, rq_sge: u32, cq_bit: u32,
+        /// 0: none; else its receives come from there, and the slots at `rq_off` are its tickets.
+        srq: u32,
+        /// Of XRC: the domain, a number of the client's own.
+        xrcd: u32,
     } -> Id;
     12 DestroyQp [0] { qpn: u32, } -> Done;
     /// RESET/INIT -> RTR of a connected QP: this QP now belongs to `dest_qpn` at `dgid` (which need not exist yet). For
@@ -216,7 +235,8 @@ requests! {
     14 Disconnect [0] { qpn: u32, error: u32, } -> Done;
     /// Where is the peer of `qpn`? For connected QPs `dest_qpn` and `dgid` must be those of Connect, and the peer must be
     /// connected to `qpn`. For UD any UD QP of the tenant.
-    15 Resolve [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, } -> PeerInfo;
+    /// Of an XRC initiator: with the shared receive queue `srqn` of the target's domain; 0 else.
+    15 Resolve [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, srqn: u32, _pad: u32, } -> PeerInfo;
     /// Moves bytes between this process's memory and the peer's where the direct path cannot. See [`copy_kind`].
     16 CopyMem [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, kind: u32, key: u32, local: u64, remote: u64, len: u64, } -> Done;
     /// Tells the peer's process something that is not worth a descriptor. See [`ring`].
@@ -234,6 +254,15 @@ requests! {
     0x22 BringSlab [1] { len: u64, } -> Id;
     /// That was all. Who is connected to a process that does not come back hears of it ([`PeerGone`]).
     0x23 Resumed [0] {} -> Done;
+}
+
+requests! {
+    /// A shared receive queue: its header at `off`, its slots at `slots`. For XRC (`xrcd` not 0) with the CQ that its receives
+    /// complete on, and its bit there.
+    20 CreateSrq [0] {
+        pd: u32, slab: u32, off: u32, slots: u32, depth: u32, cq: u32, cq_bit: u32, xrcd: u32,
+    } -> Id;
+    21 DestroySrq [0] { srq: u32, } -> Done;
 }
 
 /// [`CopyMem::kind`]: direction, and the right that `key` must grant there. Refusals: EACCES (key, right, PD or bounds; or
@@ -256,6 +285,8 @@ pub mod ring {
     pub const BELL: u32 = 1;
     /// The peer's QP took part in a protocol violation (access error): it goes to ERR ([`super::PeerFault`]).
     pub const FAULT: u32 = 2;
+    /// The shared receive queue of the peer has fallen below its limit ([`super::SrqLimit`]).
+    pub const LIMIT: u32 = 3;
 }
 
 events! {
@@ -271,4 +302,6 @@ events! {
     0x105 PeerLeft { qpn: u32, };
     /// A process is gone: drop its mappings and descriptors.
     0x106 ClientGone { client: u32, };
+    /// Your shared receive queue has fallen below its limit: IBV_EVENT_SRQ_LIMIT_REACHED.
+    0x107 SrqLimit { srq: u32, };
 }

@@ -55,6 +55,8 @@ pub struct Request<'a> {
     /// Big endian, passed through.
     pub imm: u32,
     pub target: Target,
+    /// XRC: the shared receive queue at the other end, which the peer in [`Env`] then receives for; else 0.
+    pub srqn: u32,
     /// Scatter/gather list; with inline data one entry without a key check.
     pub sges: &'a [Sge],
 }

@@ -2,15 +2,20 @@
 
 use rustix::io::Errno;
 
-use crate::ring::{CqShared, MrEntry, QpShared, RqShared, mr::slot_of};
+use crate::ring::{Claim, CqShared, MrEntry, QpShared, Ready, RqShared, SrqRing, mr::slot_of};
 use crate::shm::SharedBytes;
+use crate::sync::Ordering;
 use crate::verbs::Access;
 
 /// A peer's QP as this side sees it. All of it is memory the peer writes.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer<'a> {
     pub qp: &'a QpShared,
+    /// Its receives; with a shared queue the tickets for them.
     pub rq: RqShared<'a>,
+    pub srq: Option<SrqRing<'a>>,
+    /// The protection domain of its receives' keys.
+    pub recv_pd: u32,
     pub cq: &'a CqShared,
     /// Bit of the QP in the CQ's dirty map.
     pub cq_bit: u32,
@@ -20,11 +25,62 @@ pub struct Peer<'a> {
 }
 
 impl<'a> Peer<'a> {
+    /// Claims a receive of a connected QP for `client`.
+    #[inline]
+    pub fn claim(&self, client: u32) -> Ready<'a> {
+        match &self.srq {
+            None => self.rq.claim(&self.qp.head, client).into(),
+            Some(srq) => srq.claim_connected(self.rq, self.qp, self.qpn),
+        }
+    }
+
+    /// The same of a datagram QP.
+    pub fn claim_datagram(&self, client: u32) -> Option<Claim<'a>> {
+        match &self.srq {
+            None => self.rq.claim(&self.qp.head, client),
+            Some(srq) => srq.claim_datagram(self.rq, &self.qp.head, client),
+        }
+    }
+
+    /// Takes up a claim of an earlier call.
+    #[inline]
+    pub fn resume(&self, suspended: (u32, u32), client: u32) -> Option<Claim<'a>> {
+        match &self.srq {
+            None => Claim::resume(self.rq, suspended, client),
+            Some(srq) => srq.resume_connected(self.rq, self.qp, suspended, self.qpn),
+        }
+    }
+
+    /// A send found no receive and its sender will sleep: leaves word. True: there is one after all.
+    pub fn wait_for_receive(&self) -> bool {
+        self.qp.wait_for_receive();
+        match &self.srq {
+            None => self.rq.ready(&self.qp.head),
+            Some(srq) => {
+                srq.header.wait_for_receive();
+                let tickets = self.qp.head.load(Ordering::Relaxed);
+                let room = tickets.wrapping_sub(self.qp.taken.load(Ordering::Acquire)) < self.rq.depth();
+                room && srq.ready()
+            }
+        }
+    }
+
     /// The entry behind `key`, with the owner's virtual address of `[iova, iova+len)`.
     #[inline]
     pub fn check(&self, key: u32, need: Access, iova: u64, len: u64) -> Option<(&'a MrEntry, u64)> {
+        self.check_in(self.pd, key, need, iova, len)
+    }
+
+    /// The same of a key in a receive's list.
+    #[inline]
+    pub fn check_receive(&self, key: u32, iova: u64, len: u64) -> Option<(&'a MrEntry, u64)> {
+        self.check_in(self.recv_pd, key, Access::LOCAL_WRITE, iova, len)
+    }
+
+    #[inline]
+    fn check_in(&self, pd: u32, key: u32, need: Access, iova: u64, len: u64) -> Option<(&'a MrEntry, u64)> {
         let entry = self.mrs.get(slot_of(key))?;
-        Some((entry, entry.check(key, self.pd, need, iova, len)?))
+        Some((entry, entry.check(key, pd, need, iova, len)?))
     }
 }
 
@@ -58,6 +114,10 @@ pub trait PeerMemory {
     fn far(&mut self, copy: FarCopy) -> Result<(), Errno>;
     /// Rings the bell of the peer's receive CQ.
     fn bell(&mut self);
+    /// Is the peer's sender told when something goes wrong at its end? Not of UC.
+    fn is_reliable(&self) -> bool;
+    /// Tells the peer that its shared receive queue has fallen below its limit.
+    fn limit(&mut self);
     /// Reports to the peer that a request broke its rules.
     fn fault(&mut self);
 }

@@ -3,7 +3,7 @@
 use arrayvec::ArrayVec;
 
 use crate::ctl::copy_kind;
-use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ring};
+use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ready, Ring};
 use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out, prefetch_for_write};
 use crate::sync::{AtomicU64, Ordering, fence};
 use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, WcOpcode, WcStatus, grh, limits, wc_flags};
@@ -36,6 +36,8 @@ pub enum Outcome {
     Again,
     /// No receive is posted.
     Rnr,
+    /// The peer has not polled its completions for long: they fill its ring (of a QP with a shared receive queue).
+    Full,
     /// The peer does not serve requests: like a packet nobody answers.
     Absent,
     /// Who has to copy some of it is away.
@@ -114,7 +116,7 @@ pub fn abandon<M: PeerMemory>(
     if !serves(&peer, qpn) {
         return;
     }
-    if let Some(claim) = Claim::resume(peer.rq, suspended, client) {
+    if let Some(claim) = peer.resume(suspended, client) {
         give_back(claim, peer, memory);
     }
 }
@@ -180,7 +182,9 @@ impl Gathered {
 /// A violation of the peer's rules: both QPs go to error.
 #[cold]
 fn violation<M: PeerMemory>(memory: &mut M, status: WcStatus) -> Outcome {
-    memory.fault();
+    if memory.is_reliable() {
+        memory.fault();
+    }
     Outcome::failed(status)
 }
 
@@ -220,9 +224,10 @@ fn write<M: PeerMemory>(
     }
     let mut claim = None;
     if with_imm {
-        claim = take_receive(progress, peer, env.client);
-        if claim.is_none() {
-            return Outcome::Rnr;
+        match take_receive(progress, peer, env.client) {
+            Ready::Claim(taken) => claim = Some(taken),
+            Ready::NotReady => return Outcome::Rnr,
+            Ready::Full => return Outcome::Full,
         }
     }
     let moved = pump(env.memory, TO_PEER, &from.list, remote.as_slice(), progress.moved, env.budget);
@@ -237,7 +242,8 @@ fn write<M: PeerMemory>(
                     flags: flags_of(request),
                     byte_len: from.total as u32,
                     imm: request.imm,
-                    src_qp: env.qpn,
+                    src_qp: from_whom(request, env.qpn),
+                    slot: 0,
                 };
                 deliver(claim, &done, &peer, env.memory);
             }
@@ -351,20 +357,24 @@ fn scatter_old(old: u64, to: &Gathered) {
 
 /// The receive that an earlier call began to fill.
 fn resume<'a>(progress: &mut Progress, peer: Peer<'a>, client: u32) -> Option<Claim<'a>> {
-    progress.claim.take().and_then(|s| Claim::resume(peer.rq, s, client))
+    progress.claim.take().and_then(|s| peer.resume(s, client))
 }
 
 /// Claims a receive, or takes up the one of an earlier call.
 #[inline]
-fn take_receive<'a>(progress: &mut Progress, peer: Peer<'a>, client: u32) -> Option<Claim<'a>> {
+fn take_receive<'a>(progress: &mut Progress, peer: Peer<'a>, client: u32) -> Ready<'a> {
     if progress.claim.is_some() {
-        let resumed = resume(progress, peer, client);
-        if resumed.is_some() {
-            return resumed;
+        if let Some(resumed) = resume(progress, peer, client) {
+            return Ready::Claim(resumed);
         }
         progress.moved = 0;
     }
-    peer.rq.claim(&peer.qp.head, client)
+    peer.claim(client)
+}
+
+/// What a completion's `src_qp` says: the sender, whom a connected receiver knows anyway; so for XRC the queue it is for.
+fn from_whom(request: &Request<'_>, qpn: u32) -> u32 {
+    if request.srqn == 0 { qpn } else { request.srqn }
 }
 
 fn flags_of(request: &Request<'_>) -> u8 {
@@ -380,17 +390,26 @@ fn send<M: PeerMemory>(
     peer: Peer<'_>,
     env: Env<'_, M>,
 ) -> Outcome {
-    let Some(claim) = take_receive(progress, peer, env.client) else { return Outcome::Rnr };
+    let claim = match take_receive(progress, peer, env.client) {
+        Ready::Claim(claim) => claim,
+        Ready::NotReady => return Outcome::Rnr,
+        Ready::Full => return Outcome::Full,
+    };
     let mut done = Completion {
         status: WcStatus::Success as u8,
         opcode: WcOpcode::Recv as u8,
         flags: flags_of(request),
         byte_len: from.total as u32,
         imm: request.imm,
-        src_qp: env.qpn,
+        src_qp: from_whom(request, env.qpn),
+        slot: 0,
     };
     let into = match scatter(&claim, &peer, from.total) {
         Ok(into) => into,
+        Err((_, ours)) if !env.memory.is_reliable() => {
+            give_back(claim, peer, env.memory);
+            return Outcome::failed(ours);
+        }
         Err((theirs, ours)) => {
             done.status = theirs as u8;
             deliver(claim, &done, &peer, env.memory);
@@ -432,9 +451,8 @@ fn scatter<'a>(
             break;
         }
         let len = u64::from(sge.length);
-        let (entry, va) = peer
-            .check(sge.lkey, Access::LOCAL_WRITE, sge.addr, len)
-            .ok_or((WcStatus::LocProtErr, WcStatus::RemOpErr))?;
+        let (entry, va) =
+            peer.check_receive(sge.lkey, sge.addr, len).ok_or((WcStatus::LocProtErr, WcStatus::RemOpErr))?;
         scattered.push(Remote { entry, key: sge.lkey, iova: sge.addr, va, len });
         room += len;
     }
@@ -447,6 +465,9 @@ fn deliver<M: PeerMemory>(claim: Claim<'_>, done: &Completion, peer: &Peer<'_>, 
     claim.complete(done);
     if peer.cq.completed_fenced(Some(peer.cq_bit), solicited) == Ring::Bell {
         memory.bell();
+    }
+    if peer.srq.is_some_and(|srq| srq.header.below()) {
+        memory.limit();
     }
 }
 
@@ -470,7 +491,7 @@ fn datagram<M: PeerMemory>(
     if !hears(&peer, dest) {
         return sent;
     }
-    let Some(claim) = peer.rq.claim(&peer.qp.head, env.client) else { return sent };
+    let Some(claim) = peer.claim_datagram(env.client) else { return sent };
     // Looked at once more under the claim, as keys are below: whoever changes them waits for claims (Qp::quiesce). The
     // fence's partner is the sequentially consistent change and look there.
     fence(Ordering::SeqCst);
@@ -499,6 +520,7 @@ fn datagram<M: PeerMemory>(
         byte_len: whole.total as u32,
         imm: request.imm,
         src_qp: env.qpn,
+        slot: 0,
     };
     deliver(claim, &done, &peer, env.memory);
     sent

@@ -13,12 +13,12 @@ use crate::sync::{AtomicU32, Ordering, fence};
 const PREEMPTIONS: usize = 3;
 
 /// The same with something missing from atomics or fences: whoever calls this expects a panic.
-fn model_without(what: Lack, test: fn()) {
+pub(super) fn model_without(what: Lack, test: fn()) {
     lack(what);
     model(test);
 }
 
-fn model(test: fn()) {
+pub(super) fn model(test: fn()) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(PREEMPTIONS);
     builder.check(test);
@@ -324,10 +324,12 @@ macro_rules! breaks {
         #[test]
         #[should_panic(expected = $message)]
         fn $name() {
-            model_without(Lack::$what, $protocol);
+            $crate::ring::loom_tests::model_without($crate::sync::weak::Lack::$what, $protocol);
         }
     )* };
 }
+
+pub(super) use breaks;
 
 breaks! {
     loom_without_swaps_two_senders_win: one_receive_goes_to_one_of_two_senders without Swaps, "exactly one sender wins";

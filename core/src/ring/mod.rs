@@ -1,6 +1,7 @@
 //! What two processes share: layouts in shared memory and the protocols on them.
 //!
 //! * [`rq`]: receive slots. The owner posts, a peer claims, fills and completes, the owner takes.
+//! * [`srq`]: a receive queue that many QPs share. Takers take a slot and complete it by a ticket of their QP's.
 //! * [`cq`]: a CQ's arm word and dirty map. Peers mark and ring, the owner arms and scans.
 //! * [`qp`]: a QP's header: who may reach it, and the words its peer writes.
 //! * [`fifo`]: messages of a door's own to one peer.
@@ -14,7 +15,10 @@ pub mod fifo;
 pub mod mr;
 pub mod qp;
 pub mod rq;
+pub mod srq;
 
+#[cfg(all(test, loom))]
+mod loom_srq;
 #[cfg(all(test, loom))]
 mod loom_tests;
 
@@ -22,4 +26,7 @@ pub use cq::{CqShared, Ring};
 pub use fifo::{Fifo, FifoReceiver, FifoSender, FifoShared, FifoSlot};
 pub use mr::{Extent, MR_SLOTS, MrEntry, MrView};
 pub use qp::{InFlight, QpShared};
-pub use rq::{Claim, Completion, INLINE_BYTES, MAX_SGE, Phase, RecvSlot, RqShared, SlotState, Taken};
+pub use rq::{
+    Claim, Completion, INLINE_BYTES, MAX_SGE, Phase, RecvSlot, RqShared, SlotPayload, SlotState, Taken,
+};
+pub use srq::{Ready, SrqRing, SrqShared};

@@ -20,7 +20,9 @@ pub struct QpShared {
     pub qpn: AtomicU32,
     /// Not 0: the owner's [`QpShared::quiesced`] has the heavy fence of [`asym`].
     asym: AtomicU32,
-    _pad0: [u32; 9],
+    /// With a shared receive queue: tickets polled, told a few at a time.
+    pub taken: AtomicU32,
+    _pad0: [u32; 8],
     /// Line 1, sender: sequence number of the next receive to claim.
     pub head: AtomicU32,
     _pad1: u32,
@@ -51,6 +53,7 @@ impl QpShared {
             &self.access,
             &self.rnr_timer,
             &self.qpn,
+            &self.taken,
             &self.rnr_waiting,
         ] {
             word.store(0, Ordering::Relaxed);
@@ -72,6 +75,14 @@ impl QpShared {
     /// Owner, after posting a receive: must the waiting sender be told? The fence is the one behind RqShared::post's store.
     pub fn receive_posted(&self) -> bool {
         self.rnr_waiting.load(Ordering::Relaxed) != 0 && self.rnr_waiting.swap(0, Ordering::AcqRel) != 0
+    }
+
+    /// Owner: every ticket before `number` is polled. A sender that found the ring full and waits is told next.
+    pub fn polled(&self, number: u32) {
+        // Release: partner is the acquire load in SrqRing::claim_connected(); the ticket was read before.
+        self.taken.store(number, Ordering::Release);
+        // Partner: the fence in wait_for_receive().
+        fence(Ordering::SeqCst);
     }
 
     /// Peer: announces a copy; the key check comes after.

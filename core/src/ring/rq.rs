@@ -45,11 +45,11 @@ pub struct SlotState {
 }
 
 impl SlotState {
-    fn pack(self) -> u64 {
+    pub(super) fn pack(self) -> u64 {
         u64::from(self.seq) << 32 | u64::from(self.owner & 0xff_ffff) << 8 | self.phase as u64
     }
 
-    fn unpack(word: u64) -> Self {
+    pub(super) fn unpack(word: u64) -> Self {
         let phase = match word as u8 {
             1 => Phase::Posted,
             2 => Phase::Claimed,
@@ -81,7 +81,7 @@ pub struct RecvSlot {
     done: AtomicU64,
     /// byte_len | imm << 32
     len_imm: AtomicU64,
-    /// src_qp | status << 24 | opcode << 32 | flags << 40
+    /// src_qp | status << 24 | opcode << 32 | flags << 40 | slot << 48
     meta: AtomicU64,
     inline: [AtomicU64; INLINE_BYTES / 8],
     _pad1: [u64; 8],
@@ -104,6 +104,8 @@ pub struct Completion {
     pub imm: u32,
     /// 24 bits.
     pub src_qp: u32,
+    /// Of a ticket ([`super::srq`]): the slot of the shared queue.
+    pub slot: u16,
 }
 
 impl Completion {
@@ -132,7 +134,7 @@ impl<'a> RqShared<'a> {
         self.slots.len() as u32
     }
 
-    fn slot(&self, seq: u32) -> Option<&'a RecvSlot> {
+    pub(super) fn slot(&self, seq: u32) -> Option<&'a RecvSlot> {
         self.slots.get(seq as usize & self.slots.len().wrapping_sub(1))
     }
 
@@ -154,6 +156,11 @@ impl<'a> RqShared<'a> {
         let Some(slot) = self.slot(seq) else { return };
         slot.done.store(0, Ordering::Relaxed);
         self.post(seq, sges);
+    }
+
+    /// Who claimed receive `seq` last, its client id.
+    pub fn claimant(&self, seq: u32) -> u32 {
+        self.slot(seq).map_or(0, |slot| SlotState::unpack(slot.state.load(Ordering::Relaxed)).owner)
     }
 
     /// The word that says who may fill receive `seq`: worth having near before it is needed.
@@ -190,7 +197,7 @@ impl<'a> RqShared<'a> {
                 let won = slot.state.compare_exchange(word, claimed, Ordering::Acquire, Ordering::Relaxed);
                 if won.is_ok() {
                     head.store(seq.wrapping_add(1), Ordering::Relaxed);
-                    return Some(Claim { slot, seq, client, sges: state.owner });
+                    return Some(Claim::own(slot, seq, client, state.owner));
                 }
                 continue; // another sender or the owner was faster: look at it again
             }
@@ -266,7 +273,8 @@ impl<'a> RqShared<'a> {
             if state.phase != Phase::Claimed || state.owner != client || slot.is_done(state.seq) {
                 continue;
             }
-            slot.set_completion(&Completion { flags: Completion::LOST, ..Completion::default() });
+            // The rest of the completion stays: it may be what Claim::intend() said.
+            slot.meta.store(u64::from(Completion::LOST) << 40, Ordering::Relaxed);
             slot.done.store(done(state.seq), Ordering::Release);
             repaired += 1;
         }
@@ -280,8 +288,12 @@ fn done(seq: u32) -> u64 {
 }
 
 impl RecvSlot {
+    pub(super) fn state_word(&self) -> &AtomicU64 {
+        &self.state
+    }
+
     /// Acquire: what was written to the receive's buffers came before.
-    fn is_done(&self, seq: u32) -> bool {
+    pub(super) fn is_done(&self, seq: u32) -> bool {
         self.done.load(Ordering::Acquire) == done(seq)
     }
 
@@ -295,6 +307,7 @@ impl RecvSlot {
             status: (meta >> 24) as u8,
             opcode: (meta >> 32) as u8,
             flags: (meta >> 40) as u8,
+            slot: (meta >> 48) as u16,
         }
     }
 
@@ -303,7 +316,8 @@ impl RecvSlot {
         let meta = u64::from(c.src_qp & 0xff_ffff)
             | u64::from(c.status) << 24
             | u64::from(c.opcode) << 32
-            | u64::from(c.flags) << 40;
+            | u64::from(c.flags) << 40
+            | u64::from(c.slot) << 48;
         self.meta.store(meta, Ordering::Relaxed);
     }
 }
@@ -338,9 +352,43 @@ pub struct Claim<'a> {
     seq: u32,
     client: u32,
     sges: u32,
+    /// Where to say that it is filled, and as what: the slot itself, or a ticket for it.
+    done: &'a RecvSlot,
+    done_seq: u32,
+    index: u16,
 }
 
 impl<'a> Claim<'a> {
+    fn own(slot: &'a RecvSlot, seq: u32, client: u32, sges: u32) -> Self {
+        Claim { slot, seq, client, sges, done: slot, done_seq: seq, index: 0 }
+    }
+
+    /// Of a shared queue's slot `index`, with the ticket that completes it.
+    pub(super) fn shared(
+        slot: &'a RecvSlot,
+        seq: u32,
+        client: u32,
+        sges: u32,
+        done: &'a RecvSlot,
+        done_seq: u32,
+        index: u16,
+    ) -> Self {
+        Claim { slot, seq, client, sges, done, done_seq, index }
+    }
+
+    pub(super) fn slot(&self) -> &'a RecvSlot {
+        self.slot
+    }
+
+    pub(super) fn seq(&self) -> u32 {
+        self.seq
+    }
+
+    /// Of a ticket: leaves word of the receive that is taken next.
+    pub(super) fn intend(&self, seq: u32) {
+        self.done.len_imm.store(u64::from(seq), Ordering::Relaxed);
+    }
+
     /// The scatter list, each entry copied out once.
     pub fn sges(&self) -> impl Iterator<Item = Sge> + '_ {
         self.slot.sges.iter().take(self.sges as usize).map(|shared| {
@@ -357,7 +405,7 @@ impl<'a> Claim<'a> {
     pub fn write_inline(&self, bytes: &[u8]) {
         let mut padded = [0u8; INLINE_BYTES];
         padded[..bytes.len()].copy_from_slice(bytes);
-        for (word, chunk) in self.slot.inline.iter().zip(padded.chunks_exact(8)).take(bytes.len().div_ceil(8))
+        for (word, chunk) in self.done.inline.iter().zip(padded.chunks_exact(8)).take(bytes.len().div_ceil(8))
         {
             let mut value = [0u8; 8];
             value.copy_from_slice(chunk);
@@ -371,15 +419,18 @@ impl<'a> Claim<'a> {
 
     /// Hands the filled receive to its owner.
     pub fn complete(self, completion: &Completion) {
-        self.slot.set_completion(completion);
+        self.done.set_completion(&Completion { slot: self.index, ..*completion });
         // Release: partner is the acquire load of take(). A plain store: nobody else writes here unless this process is
         // dead or the owner gave up on it, and then the value no longer matters. Fenced: partner is CqShared::arm(); the
         // caller looks at the arm word next.
-        store_fenced(&self.slot.done, done(self.seq));
+        store_fenced(&self.done.done, done(self.done_seq));
     }
 
     /// Gives the receive back untouched.
     pub fn release(self, head: &AtomicU32) {
+        if !std::ptr::eq(self.slot, self.done) {
+            return self.complete(&Completion { flags: Completion::RETURNED, ..Completion::default() });
+        }
         let posted = SlotState { seq: self.seq, owner: self.sges, phase: Phase::Posted }.pack();
         head.store(self.seq, Ordering::Relaxed);
         let _ =
@@ -394,7 +445,7 @@ impl<'a> Claim<'a> {
     /// Takes up a claim suspended by this client.
     pub fn resume(rq: RqShared<'a>, suspended: (u32, u32), client: u32) -> Option<Self> {
         let (seq, sges) = suspended;
-        let claim = Claim { slot: rq.slot(seq)?, seq, client, sges };
+        let claim = Claim::own(rq.slot(seq)?, seq, client, sges);
         let mine = claim.slot.state.load(Ordering::Relaxed) == claim.claimed() && !claim.slot.is_done(seq);
         mine.then_some(claim)
     }
@@ -421,8 +472,15 @@ mod tests {
             assert_eq!(claim.sges().collect::<Vec<_>>(), [sge]);
             assert!(rq.take(seq, false, false).is_none(), "not complete yet");
             claim.write_inline(b"hello, world");
-            let sent =
-                Completion { byte_len: 12, imm: seq, src_qp: 0xabcdef, flags: 0xc1, opcode: 128, status: 3 };
+            let sent = Completion {
+                byte_len: 12,
+                imm: seq,
+                src_qp: 0xabcdef,
+                flags: 0xc1,
+                opcode: 128,
+                status: 3,
+                slot: 0,
+            };
             claim.complete(&sent);
             let Some(Taken::Done(c, payload)) = rq.take(seq, false, false) else { panic!("not done") };
             assert_eq!(c, sent);

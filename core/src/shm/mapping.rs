@@ -19,6 +19,9 @@ pub unsafe trait Shared {}
 unsafe impl Shared for crate::ring::RecvSlot {}
 // SAFETY: only atomics and padding.
 
+unsafe impl Shared for crate::ring::SrqShared {}
+// SAFETY: only atomics and padding.
+
 unsafe impl Shared for crate::ring::QpShared {}
 // SAFETY: only atomics and padding.
 

@@ -142,7 +142,24 @@ macro_rules! numbered {
 
 numbered! {
     /// `ibv_qp_type`.
-    QpType: u32 { Rc = 2, Uc = 3, Ud = 4, }
+    QpType: u32 {
+        Rc = 2, Uc = 3, Ud = 4,
+        /// XRC's initiator: it sends, and names the shared receive queue of each request.
+        XrcSend = 9,
+        /// XRC's target: it receives for the shared receive queues of its domain.
+        XrcRecv = 10,
+    }
+}
+
+impl QpType {
+    /// The type of QP this one connects to.
+    pub fn counterpart(self) -> Self {
+        match self {
+            QpType::XrcSend => QpType::XrcRecv,
+            QpType::XrcRecv => QpType::XrcSend,
+            other => other,
+        }
+    }
 }
 
 numbered! {

@@ -52,7 +52,7 @@ const SQD_UD: M = m(&[M::PKEY_INDEX, M::QKEY]);
 
 const LIVE_UD: M = m(&[M::CUR_STATE, M::QKEY, M::RATE_LIMIT]);
 
-use QpType::{Rc, Uc, Ud};
+use QpType::{Rc, Uc, Ud, XrcRecv, XrcSend};
 
 #[rustfmt::skip]
 const TABLE: &[Row] = &[
@@ -82,6 +82,8 @@ const TABLE: &[Row] = &[
     (Ud, Some(S::Sqd), S::Rts, NONE, LIVE_UD),
     (Uc, Some(S::Sqe), S::Rts, NONE, LIVE_UC),
     (Ud, Some(S::Sqe), S::Rts, NONE, LIVE_UD),
+    (XrcSend, Some(S::Init), S::Rtr, RTR_UC, RTR_OPT),
+    (XrcRecv, Some(S::Rtr), S::Rts, m(&[M::SQ_PSN, M::TIMEOUT]), LIVE_RC),
     (Rc, None, S::Err, NONE, NONE),
     (Uc, None, S::Err, NONE, NONE),
     (Ud, None, S::Err, NONE, NONE),
@@ -92,10 +94,11 @@ const TABLE: &[Row] = &[
 
 /// The transition `from` -> `to`, or None if it is illegal.
 pub fn transition(kind: QpType, from: S, to: S) -> Option<Transition> {
-    TABLE
-        .iter()
-        .find(|row| row.0 == kind && row.1.is_none_or(|s| s == from) && row.2 == to)
-        .map(|row| Transition { required: row.3, optional: row.4 })
+    let fits = |row: &&Row, kind| row.0 == kind && row.1.is_none_or(|s| s == from) && row.2 == to;
+    let find = |kind| TABLE.iter().find(|row| fits(row, kind));
+    // Where XRC has no row of its own it goes by RC's.
+    let row = find(kind).or_else(|| if kind == kind.counterpart() { None } else { find(Rc) })?;
+    Some(Transition { required: row.3, optional: row.4 })
 }
 
 impl Transition {

@@ -80,7 +80,8 @@ impl Socket {
             max_recv_sge: 0,
         };
         let (send_cq, recv_cq) = (Arc::clone(&cq), Arc::clone(&cq));
-        let init = QpInit { kind: QpType::Rc, send_cq, recv_cq, caps, sq_sig_all: false, cookie: 0 };
+        let init =
+            QpInit { kind: QpType::Rc, send_cq, recv_cq, caps, sq_sig_all: false, receives: None, cookie: 0 };
         Ok(Socket { qp: device.pd.create_qp(init)?, cq })
     }
 
@@ -176,6 +177,7 @@ impl Link {
             flags,
             imm: 0,
             target: Target::Memory { addr: write.to.addr, rkey: write.to.rkey },
+            srqn: 0,
             sges: std::slice::from_ref(&write.from),
         };
         let wr = SendWr { wr_id: write.done.unwrap_or(u64::MAX), request };

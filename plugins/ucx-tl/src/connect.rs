@@ -39,7 +39,7 @@ pub fn make_rc(pd: &Arc<Pd>, cq: &Arc<Cq>, send: u32, recv: u32) -> Result<Arc<Q
 
 fn make(pd: &Arc<Pd>, cq: &Arc<Cq>, kind: QpType, caps: QpCaps) -> Result<Arc<Qp>> {
     let (send_cq, recv_cq) = (Arc::clone(cq), Arc::clone(cq));
-    pd.create_qp(QpInit { kind, send_cq, recv_cq, caps, sq_sig_all: false, cookie: 0 })
+    pd.create_qp(QpInit { kind, send_cq, recv_cq, caps, sq_sig_all: false, receives: None, cookie: 0 })
 }
 
 /// Connects it; from now on it sends and serves.

@@ -18,8 +18,8 @@ pub struct CopyPlan {
     /// The peer's table of memory regions.
     pub table: Arc<MrTable>,
     pub peer_client: u32,
-    /// The PD of the peer's queue pair: the region must be in it.
-    pub peer_pd: u32,
+    /// The PDs of the peer's queue pair and of its receives: the region must be in one.
+    pub peer_pds: Vec<u32>,
 }
 
 impl State {
@@ -27,7 +27,7 @@ impl State {
     pub fn plan_copy(&mut self, owner: Owner, qpn: u32, dest_qpn: u32, gid: Gid) -> Result<CopyPlan> {
         let peer = self.find_peer(owner, qpn, dest_qpn, gid)?.ok_or(Refusal::NoPeer)?;
         let (them, qp) = self.qps.get(peer).ok_or(Refusal::NoPeer)?;
-        let (peer_client, peer_pd) = (them.client, qp.pd);
+        let (peer_client, peer_pds) = (them.client, self.domains_of(them, qp));
         if self.is_resuming(peer_client) {
             return Err(Refusal::NoPeer); // its keys are not all back
         }
@@ -38,7 +38,13 @@ impl State {
             memory.map_err(|_| closed)
         };
         let table = self.client(peer_client)?.mr_table.clone().ok_or(Refusal::NoPeer)?;
-        Ok(CopyPlan { local: reach(owner.client)?, remote: reach(peer_client)?, table, peer_client, peer_pd })
+        Ok(CopyPlan {
+            local: reach(owner.client)?,
+            remote: reach(peer_client)?,
+            table,
+            peer_client,
+            peer_pds,
+        })
     }
 
     /// A piece of a copy into or out of region `key` begins. Each must end in [`State::leave_copy`].

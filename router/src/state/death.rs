@@ -88,6 +88,10 @@ impl State {
             self.cqs.remove(id);
             freed.push((Resource::Cqs, 1));
         }
+        for id in self.srqs.ids_of(client) {
+            self.srqs.remove(id);
+            freed.push((Resource::Srqs, 1));
+        }
         for id in self.channels.ids_of(client) {
             self.channels.remove(id);
             freed.push((Resource::Channels, 1));
@@ -123,8 +127,8 @@ mod tests {
         w.state.connect(a, qa, qb, gb).expect("connect");
         w.state.connect(b, qb, qa, ga).expect("connect");
         w.state.connect(a, ua, 0, ga).expect("connect");
-        w.state.resolve(b, qb, qa, ga).expect("resolve");
-        w.state.resolve(b, ub, ua, ga).expect("resolve");
+        w.state.resolve(b, qb, qa, ga, 0).expect("resolve");
+        w.state.resolve(b, ub, ua, ga, 0).expect("resolve");
         let pd = w.pd(a);
         w.state.reg_mr(a, pd, 0, 1000).expect("mr");
         w.notices();
@@ -158,7 +162,7 @@ mod tests {
         let (a, b) = (w.owner_of_new_client(c), w.owner_of_new_client(c));
         let (qa, qb) = (w.qp(a, QpType::Ud), w.qp(b, QpType::Ud));
         w.state.connect(b, qb, 0, gid).expect("connect");
-        let (info, _) = w.state.resolve(a, qa, qb, gid).expect("resolve");
+        let (info, _) = w.state.resolve(a, qa, qb, gid, 0).expect("resolve");
         let slab = &w.state.slabs.get(info.slab).expect("slab").1.map;
         let rq = RqShared::new(slab.slice(info.rq_off.into(), info.rq_depth as usize).expect("slots"));
         let cq: &freeflow_core::ring::CqShared = slab.get(info.cq_off.into()).expect("header");

@@ -12,6 +12,7 @@ mod objects;
 mod peers;
 mod qp;
 mod resume;
+mod srq;
 mod table;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -32,6 +33,7 @@ pub use mr::{Mr, Mrs};
 pub use objects::{Channel, Cq, Pd, Slab};
 pub use qp::{Link, NewQp, Qp};
 pub use resume::Resuming;
+pub use srq::Srq;
 pub use table::{Owner, Table};
 
 use crate::config::Settings;
@@ -53,6 +55,7 @@ pub enum Notice {
     PeerGone { qpn: u32 },
     PeerLeft { qpn: u32 },
     ClientGone { client: u32 },
+    SrqLimit { srq: u32 },
 }
 
 /// What leaves the state when its lock is given back.
@@ -91,6 +94,7 @@ pub struct State {
     pub channels: Table<Channel>,
     pub cqs: Table<Cq>,
     pub qps: Table<Qp>,
+    pub srqs: Table<Srq>,
     pub outbox: Outbox,
     /// Queue pairs that were connected under an earlier router, and whose peers have not come back.
     awaiting: HashSet<u32>,
@@ -117,6 +121,7 @@ impl State {
             channels: Table::new("completion channel"),
             cqs: Table::new("completion queue"),
             qps: Table::new("queue pair"),
+            srqs: Table::new("shared receive queue"),
             outbox: Outbox::default(),
             awaiting: HashSet::new(),
             random,

@@ -65,7 +65,7 @@ impl State {
         let Link::To { qpn: peer, gid } = qp.link else { return None };
         let (them, other) = self.qps.get(peer)?;
         let Link::To { qpn: back, gid: back_gid } = other.link else { return None };
-        let agreed = other.kind == qp.kind
+        let agreed = other.kind == qp.kind.counterpart()
             && back == qpn
             && self.container_at(us.container, gid) == Some(them.container)
             && self.container_at(them.container, back_gid) == Some(us.container);
@@ -92,10 +92,18 @@ impl State {
     }
 
     /// Where is the peer of `qpn`? With the descriptors the asker does not have yet.
-    pub fn resolve(&mut self, owner: Owner, qpn: u32, dest_qpn: u32, gid: Gid) -> Result<(PeerInfo, Fds)> {
+    /// `srqn`: of an XRC request, else 0.
+    pub fn resolve(
+        &mut self,
+        owner: Owner,
+        qpn: u32,
+        dest_qpn: u32,
+        gid: Gid,
+        srqn: u32,
+    ) -> Result<(PeerInfo, Fds)> {
         let absent = (PeerInfo { state: peer_state::ABSENT, ..PeerInfo::default() }, vec![]);
         let Some(peer) = self.find_peer(owner, qpn, dest_qpn, gid)? else { return Ok(absent) };
-        let Some((mut info, them, wanted)) = self.describe(peer) else { return Ok(absent) };
+        let Some((mut info, them, wanted)) = self.describe(peer, srqn) else { return Ok(absent) };
         let asker = self.client_mut(owner.client)?;
         asker.met.insert(them.client);
         let mut fds = vec![];
@@ -120,14 +128,27 @@ impl State {
     }
 
     /// A queue pair as a peer sees it, and all descriptors that go with it, in the protocol's order.
-    fn describe(&self, qpn: u32) -> Option<(PeerInfo, Owner, Wanted)> {
+    fn describe(&self, qpn: u32, srqn: u32) -> Option<(PeerInfo, Owner, Wanted)> {
         let (owner, qp) = self.qps.get(qpn)?;
-        let cq = self.cqs.get(qp.recv_cq)?.1;
+        let srq = match (qp.kind, qp.srq) {
+            (QpType::XrcRecv, _) => Some(self.srq_of_domain(owner, qp, srqn)?),
+            // An XRC initiator, which answers nobody's requests.
+            (QpType::XrcSend, _) => return None,
+            (_, 0) => None,
+            (_, number) => Some((number, self.srqs.get(number)?.1)),
+        };
+        // XRC's target receives for the shared queue's owner: its PD, its CQ.
+        let (pd, recv_cq, cq_bit) = match (qp.kind, srq) {
+            (QpType::XrcRecv, Some((_, srq))) => (srq.pd, srq.cq, srq.cq_bit),
+            _ => (qp.pd, qp.recv_cq, qp.cq_bit),
+        };
+        let cq = self.cqs.get(recv_cq)?.1;
+        let (number, place) = srq.map_or((0, None), |(number, srq)| (number, Some(srq)));
         let info = PeerInfo {
             state: peer_state::READY,
             fds: 0,
             client: owner.client,
-            pd: qp.pd,
+            pd,
             slab: qp.slab,
             qp_off: qp.qp_off,
             rq_off: qp.rq_off,
@@ -136,8 +157,14 @@ impl State {
             cq_slab: cq.slab,
             cq_off: cq.off,
             channel: cq.channel,
-            cq_bit: qp.cq_bit,
-            _pad: 0,
+            cq_bit,
+            srq: number,
+            srq_pd: place.map_or(0, |srq| srq.pd),
+            srq_slab: place.map_or(0, |srq| srq.slab),
+            srq_off: place.map_or(0, |srq| srq.off),
+            srq_slots: place.map_or(0, |srq| srq.slots),
+            srq_depth: place.map_or(0, |srq| srq.depth),
+            kind: qp.kind as u32,
         };
         let slab = |id| Some((Given::Slab(id), self.slabs.get(id)?.1.fd.clone()));
         let table = self.clients.get(&owner.client)?.mr_table.as_ref()?.read_only.clone();
@@ -146,10 +173,15 @@ impl State {
         want(peer_fds::SLAB, slab(qp.slab)?);
         want(peer_fds::CQ_SLAB, slab(cq.slab)?);
         want(peer_fds::MR_TABLE, (Given::MrTable(owner.client), table));
-        want(peer_fds::PD, (Given::Pd(qp.pd), self.pds.get(qp.pd)?.1.fd.clone()));
+        let memory = |pd| Some((Given::Pd(pd), self.pds.get(pd)?.1.fd.clone()));
+        want(peer_fds::PD, memory(pd)?);
         if cq.channel != 0 {
             let bell = self.channels.get(cq.channel)?.1.bell.clone();
             want(peer_fds::BELL, (Given::Channel(cq.channel), bell));
+        }
+        if let Some(srq) = place {
+            want(peer_fds::SRQ_SLAB, slab(srq.slab)?);
+            want(peer_fds::SRQ_PD, memory(srq.pd)?);
         }
         Some((info, owner, wanted))
     }
@@ -239,21 +271,21 @@ mod tests {
     #[test]
     fn a_connection_needs_both() {
         let Pair { mut w, a, b, qa, qb, ga, gb } = pair(QpType::Rc, ["red", "red"]);
-        assert!(matches!(w.state.resolve(a, qa, qb, gb), Err(Refusal::Invalid(_))), "not connected");
+        assert!(matches!(w.state.resolve(a, qa, qb, gb, 0), Err(Refusal::Invalid(_))), "not connected");
         w.state.connect(a, qa, qb, gb).expect("connect");
-        assert_eq!(w.state.resolve(a, qa, qb, gb).expect("resolve").0.state, peer_state::ABSENT);
+        assert_eq!(w.state.resolve(a, qa, qb, gb, 0).expect("resolve").0.state, peer_state::ABSENT);
         assert_eq!(w.notices(), []);
         w.state.connect(b, qb, qa, ga).expect("connect");
         assert_eq!(w.notices(), [(a.client, Notice::PeerReady { qpn: qa })]);
-        let (info, fds) = w.state.resolve(a, qa, qb, gb).expect("resolve");
+        let (info, fds) = w.state.resolve(a, qa, qb, gb, 0).expect("resolve");
         assert_eq!((info.state, info.client), (peer_state::READY, b.client));
         assert_eq!(fds.len(), info.fds.count_ones() as usize);
         let all = peer_fds::SLAB | peer_fds::MR_TABLE | peer_fds::PD | peer_fds::BELL;
         assert_eq!(info.fds & all, all);
-        let (again, fds) = w.state.resolve(a, qa, qb, gb).expect("resolve");
+        let (again, fds) = w.state.resolve(a, qa, qb, gb, 0).expect("resolve");
         assert_eq!((again.fds, fds.len()), (0, 0), "each descriptor once");
         assert!(matches!(w.state.connect(a, qa, qb, gb), Err(Refusal::Invalid(_))));
-        assert!(matches!(w.state.resolve(b, qa, qb, gb), Err(Refusal::NoSuch { .. })));
+        assert!(matches!(w.state.resolve(b, qa, qb, gb, 0), Err(Refusal::NoSuch { .. })));
     }
 
     #[test]
@@ -261,10 +293,10 @@ mod tests {
         let Pair { mut w, a, b, qa, qb, ga, gb } = pair(QpType::Rc, ["red", "red"]);
         w.state.connect(a, qa, qb, gb).expect("connect");
         w.state.connect(b, qb, qa ^ 1, ga).expect("connect");
-        assert_eq!(w.state.resolve(a, qa, qb, gb).expect("resolve").0.state, peer_state::ABSENT);
+        assert_eq!(w.state.resolve(a, qa, qb, gb, 0).expect("resolve").0.state, peer_state::ABSENT);
         w.state.disconnect(b, qb).expect("mine");
         w.state.connect(b, qb, qa, gb).expect("connect, but to its own address");
-        assert_eq!(w.state.resolve(a, qa, qb, gb).expect("resolve").0.state, peer_state::ABSENT);
+        assert_eq!(w.state.resolve(a, qa, qb, gb, 0).expect("resolve").0.state, peer_state::ABSENT);
         assert_eq!(w.notices(), []);
     }
 
@@ -274,9 +306,9 @@ mod tests {
             let Pair { mut w, a, b, qa, qb, ga, gb } = pair(kind, ["red", "blue"]);
             w.state.connect(a, qa, qb, gb).expect("connect");
             w.state.connect(b, qb, qa, ga).expect("connect");
-            assert_eq!(w.state.resolve(a, qa, qb, gb).expect("resolve").0.state, peer_state::ABSENT);
+            assert_eq!(w.state.resolve(a, qa, qb, gb, 0).expect("resolve").0.state, peer_state::ABSENT);
             assert_eq!(w.notices(), []);
-            w.state.resolve(a, qa, qb, gb).expect("resolve");
+            w.state.resolve(a, qa, qb, gb, 0).expect("resolve");
             let lines = std::mem::take(&mut w.state.outbox.lines);
             assert!(lines.iter().all(|line| line.contains("tenant")), "{lines:?}");
             assert_eq!(lines.len(), if kind == QpType::Ud { 1 } else { 2 }, "once per container and address");
@@ -286,12 +318,12 @@ mod tests {
     #[test]
     fn ud_reaches_who_receives() {
         let Pair { mut w, a, b, qa, qb, gb, .. } = pair(QpType::Ud, ["red", "red"]);
-        assert_eq!(w.state.resolve(a, qa, qb, gb).expect("resolve").0.state, peer_state::ABSENT);
+        assert_eq!(w.state.resolve(a, qa, qb, gb, 0).expect("resolve").0.state, peer_state::ABSENT);
         w.state.connect(b, qb, 0, Gid::default()).expect("connect");
-        assert_eq!(w.state.resolve(a, qa, qb, gb).expect("resolve").0.state, peer_state::READY);
-        assert_eq!(w.state.resolve(a, qa, qb ^ 1, gb).expect("resolve").0.state, peer_state::ABSENT);
+        assert_eq!(w.state.resolve(a, qa, qb, gb, 0).expect("resolve").0.state, peer_state::READY);
+        assert_eq!(w.state.resolve(a, qa, qb ^ 1, gb, 0).expect("resolve").0.state, peer_state::ABSENT);
         let rc = w.qp(b, QpType::Rc);
-        assert_eq!(w.state.resolve(a, qa, rc, gb).expect("resolve").0.state, peer_state::ABSENT);
+        assert_eq!(w.state.resolve(a, qa, rc, gb, 0).expect("resolve").0.state, peer_state::ABSENT);
         w.state.disconnect(b, qb).expect("mine");
         assert_eq!(w.notices(), [(a.client, Notice::PeerLeft { qpn: qa })]);
         w.state.disconnect(b, qb).expect("twice is once");
@@ -302,7 +334,7 @@ mod tests {
     fn a_queue_pair_may_be_its_own_peer() {
         let Pair { mut w, a, qa, ga, .. } = pair(QpType::Rc, ["red", "red"]);
         w.state.connect(a, qa, qa, ga).expect("connect");
-        assert_eq!(w.state.resolve(a, qa, qa, ga).expect("resolve").0.state, peer_state::READY);
+        assert_eq!(w.state.resolve(a, qa, qa, ga, 0).expect("resolve").0.state, peer_state::READY);
         w.state.destroy_qp(a, qa).expect("mine");
         assert_eq!(w.notices(), []);
     }

@@ -36,6 +36,10 @@ pub struct Qp {
     pub rq_depth: u32,
     pub rq_sge: u32,
     pub cq_bit: u32,
+    /// 0: it has receives of its own.
+    pub srq: u32,
+    /// XRC's domain; 0 for other types.
+    pub xrcd: u32,
     pub link: Link,
     /// Queue pairs that were told where this one is.
     pub resolvers: HashSet<u32>,
@@ -60,6 +64,8 @@ pub struct NewQp {
     pub rq_depth: u32,
     pub rq_sge: u32,
     pub cq_bit: u32,
+    pub srq: u32,
+    pub xrcd: u32,
 }
 
 impl State {
@@ -72,7 +78,8 @@ impl State {
         };
         self.take(owner.container, &[(Resource::Qps, 1)])?;
         self.count_users(&new, |users| *users += 1);
-        let NewQp { pd, send_cq, recv_cq, slab, qp_off, rq_off, rq_depth, rq_sge, cq_bit, .. } = new;
+        let NewQp { pd, send_cq, recv_cq, slab, qp_off, rq_off, rq_depth, .. } = new;
+        let NewQp { rq_sge, cq_bit, srq, xrcd, .. } = new;
         let (resolvers, resolved, claimants) = Default::default();
         let link = Link::None;
         self.qps.insert(
@@ -89,6 +96,8 @@ impl State {
                 rq_depth,
                 rq_sge,
                 cq_bit,
+                srq,
+                xrcd,
                 link,
                 resolvers,
                 resolved,
@@ -104,6 +113,9 @@ impl State {
         self.pds.owned(new.pd, owner)?;
         self.cqs.owned(new.send_cq, owner)?;
         self.cqs.owned(new.recv_cq, owner)?;
+        if new.srq != 0 && self.srqs.owned(new.srq, owner)?.xrcd != 0 {
+            return Err(Refusal::Invalid("a queue pair cannot be made for an XRC shared receive queue"));
+        }
         let slab = self.slabs.owned(new.slab, owner)?;
         let limit = self.settings.max_qp_wr.next_power_of_two().into();
         if u64::from(new.rq_depth) > limit {
@@ -128,6 +140,7 @@ impl State {
         for cq in [qp.send_cq, qp.recv_cq] {
             self.cqs.get_mut(cq).into_iter().for_each(|cq| change(&mut cq.users));
         }
+        self.srqs.get_mut(qp.srq).into_iter().for_each(|srq| change(&mut srq.users));
     }
 
     fn old_qpn(&self, qpn: u32) -> Result<u32> {
@@ -139,13 +152,18 @@ impl State {
     }
 
     fn new_qpn(&mut self) -> Result<u32> {
+        self.new_number(|state, number| state.qps.contains(number))
+    }
+
+    /// A random number of 24 bits that is not `used`.
+    pub(super) fn new_number(&mut self, used: impl Fn(&State, u32) -> bool) -> Result<u32> {
         for _ in 0..1000 {
-            let qpn = self.random()? & (QPNS.end - 1);
-            if QPNS.contains(&qpn) && !self.qps.contains(qpn) {
-                return Ok(qpn);
+            let number = self.random()? & (QPNS.end - 1);
+            if QPNS.contains(&number) && !used(self, number) {
+                return Ok(number);
             }
         }
-        Err(Refusal::Exhausted("queue pair numbers"))
+        Err(Refusal::Exhausted("numbers of queues"))
     }
 
     pub fn destroy_qp(&mut self, owner: Owner, qpn: u32) -> Result<()> {
@@ -161,7 +179,8 @@ impl State {
         for target in &qp.resolved {
             self.qps.get_mut(*target).into_iter().for_each(|t| _ = t.resolvers.remove(&qpn));
         }
-        let users = NewQp { pd: qp.pd, send_cq: qp.send_cq, recv_cq: qp.recv_cq, ..NewQp::default() };
+        let users =
+            NewQp { pd: qp.pd, send_cq: qp.send_cq, recv_cq: qp.recv_cq, srq: qp.srq, ..NewQp::default() };
         self.count_users(&users, |users| *users -= 1);
         self.give_back(owner.container, &[(Resource::Qps, 1)]);
         if let Some(container) = self.containers.get_mut(&owner.container) {

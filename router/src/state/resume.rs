@@ -114,6 +114,7 @@ impl State {
 pub(super) const OBJECT: u32 = claim::OBJECT;
 pub(super) const QP: u32 = claim::QP;
 pub(super) const KEY: u32 = claim::KEY;
+pub(super) const SRQ: u32 = claim::SRQ;
 
 #[cfg(test)]
 mod tests {

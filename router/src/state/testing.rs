@@ -90,7 +90,20 @@ impl World {
         let recv_cq = self.state.create_cq(owner, channel, slab, 0).expect("cq");
         let send_cq = self.state.create_cq(owner, 0, slab, 1024).expect("cq");
         let (kind, qp_off, rq_off) = (kind as u32, 4096, 8192);
-        NewQp { pd, send_cq, recv_cq, kind, slab, qp_off, rq_off, rq_depth: 4, rq_sge: 1, cq_bit: 1 }
+        let (rq_depth, rq_sge, cq_bit) = (4, 1, 1);
+        NewQp {
+            pd,
+            send_cq,
+            recv_cq,
+            kind,
+            slab,
+            qp_off,
+            rq_off,
+            rq_depth,
+            rq_sge,
+            cq_bit,
+            ..NewQp::default()
+        }
     }
 
     pub fn qp(&mut self, owner: Owner, kind: QpType) -> u32 {

@@ -182,6 +182,8 @@ impl Client {
             rq_depth: 16,
             rq_sge: 1,
             cq_bit: 0,
+            srq: 0,
+            xrcd: 0,
         };
         TestQp { qpn: self.ask(&create).id, pd, slab, cq, channel }
     }
@@ -191,7 +193,7 @@ impl Client {
     }
 
     pub fn resolve(&self, qp: TestQp, peer: TestQp, peer_gid: RawGid) -> (PeerInfo, Vec<OwnedFd>) {
-        let request = Resolve { qpn: qp.qpn, dest_qpn: peer.qpn, dgid: peer_gid };
+        let request = Resolve { qpn: qp.qpn, dest_qpn: peer.qpn, dgid: peer_gid, ..Resolve::default() };
         self.socket.call(&request, &[]).expect("Resolve")
     }
 

@@ -1,8 +1,8 @@
 //! The context: what an open device is to a client, with the tables its inline functions call through.
 
-use crate::guard::{self, EOPNOTSUPP};
+use crate::guard;
 use crate::object::{Live, Object};
-use crate::{cq, device, post, qp, query, unsupported};
+use crate::{cq, device, post, qp, query, srq, unsupported};
 use freeflow_core::client;
 use freeflow_verbs_abi::*;
 use std::ffi::{c_int, c_void};
@@ -40,7 +40,11 @@ pub fn create(device: *mut ibv_device, core: Arc<client::Context>) -> *mut ibv_c
     verbs.query_device_ex = Some(query::device_ex);
     verbs.create_cq_ex = Some(cq::create_ex);
     verbs.create_qp_ex = Some(qp::create_ex);
-    verbs.close_xrcd = Some(no_close_xrcd); // the one inline function that does not check for NULL
+    verbs.create_srq_ex = Some(srq::create_ex);
+    verbs.get_srq_num = Some(srq::number);
+    verbs.open_xrcd = Some(srq::open_xrcd);
+    verbs.close_xrcd = Some(srq::close_xrcd);
+    verbs.open_qp = Some(qp::open);
     let context = &mut verbs.context;
     context.device = device;
     context.ops = operations();
@@ -64,7 +68,7 @@ fn operations() -> ibv_context_ops {
         req_notify_cq: Some(post::req_notify_cq),
         post_send: Some(post::post_send),
         post_recv: Some(post::post_recv),
-        post_srq_recv: Some(no_post_srq_recv),
+        post_srq_recv: Some(srq::post_recv),
         alloc_mw: Some(no_alloc_mw),
         bind_mw: Some(no_bind_mw),
         dealloc_mw: Some(no_dealloc_mw),
@@ -107,20 +111,6 @@ unsafe extern "C" fn no_bind_mw(_: *mut ibv_qp, _: *mut ibv_mw, _: *mut ibv_mw_b
 
 unsafe extern "C" fn no_dealloc_mw(_: *mut ibv_mw) -> c_int {
     unsupported::int()
-}
-
-unsafe extern "C" fn no_close_xrcd(_: *mut ibv_xrcd) -> c_int {
-    unsupported::int()
-}
-
-unsafe extern "C" fn no_post_srq_recv(
-    _: *mut ibv_srq,
-    wr: *mut ibv_recv_wr,
-    bad: *mut *mut ibv_recv_wr,
-) -> c_int {
-    // SAFETY: the caller passes a place for the first request that was not posted.
-    unsafe { bad.write(wr) };
-    EOPNOTSUPP.0
 }
 
 /// Closes the device; ours is the only reference to core's side unless objects are left, which go with the process.

@@ -5,6 +5,7 @@ use crate::cq::Cq;
 use crate::guard::{self, Result};
 use crate::object::Acks;
 use crate::qp::Qp;
+use crate::srq::Srq;
 use freeflow_core::client::{AsyncEvent, AsyncKind};
 use freeflow_verbs_abi::*;
 use std::ffi::c_int;
@@ -47,11 +48,18 @@ unsafe fn next_event(context: *mut ibv_context) -> Result<ibv_async_event> {
                 let count = || unsafe { Cq::of(cq) }.rust.async_events.add();
                 (ibv_async_event__bindgen_ty_1 { cq }, rust.live.with(cookie, count))
             }
+            AsyncKind::SrqLimit => {
+                let srq = cookie as *mut ibv_srq;
+                // SAFETY: as above, for shared receive queues.
+                let count = || unsafe { Srq::of(srq) }.rust.async_events.add();
+                (ibv_async_event__bindgen_ty_1 { srq }, rust.live.with(cookie, count))
+            }
             AsyncKind::QpFatal
             | AsyncKind::QpReqErr
             | AsyncKind::QpAccessErr
             | AsyncKind::CommEst
-            | AsyncKind::SqDrained => {
+            | AsyncKind::SqDrained
+            | AsyncKind::QpLastWqe => {
                 let qp = cookie as *mut ibv_qp;
                 // SAFETY: as above, for QPs.
                 let count = || unsafe { Qp::of(qp) }.rust.async_events.add();
@@ -86,6 +94,12 @@ unsafe fn acks_of(event: &ibv_async_event) -> Option<Acks> {
             let cq = unsafe { event.element.cq };
             // SAFETY: the caller's promise.
             Some(unsafe { Cq::of(cq) }.async_acks())
+        }
+        IBV_EVENT_SRQ_ERR | IBV_EVENT_SRQ_LIMIT_REACHED => {
+            // SAFETY: the event's type says what its element is.
+            let srq = unsafe { event.element.srq };
+            // SAFETY: the caller's promise.
+            Some(unsafe { Srq::of(srq) }.acks())
         }
         IBV_EVENT_QP_FATAL
         | IBV_EVENT_QP_REQ_ERR

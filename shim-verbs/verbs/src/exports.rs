@@ -13,6 +13,7 @@ pub use crate::pd::*;
 pub use crate::qp::*;
 pub use crate::query::*;
 pub use crate::rates::*;
+pub use crate::srq::*;
 pub use crate::strings::*;
 pub use crate::sysfs::*;
 

@@ -28,6 +28,7 @@ mod qp;
 mod query;
 mod rates;
 mod signals;
+mod srq;
 mod strings;
 mod sysfs;
 mod unsupported;

@@ -18,7 +18,7 @@ use std::ptr;
 ///
 /// # Safety
 /// `list` points to `count` entries, as the C API demands.
-unsafe fn sges<'a>(list: *const ibv_sge, count: c_int, max: u32) -> Result<&'a [Sge]> {
+pub unsafe fn sges<'a>(list: *const ibv_sge, count: c_int, max: u32) -> Result<&'a [Sge]> {
     let count = u32::try_from(count).ok().filter(|c| *c <= max).ok_or(EINVAL)?;
     if count == 0 {
         return Ok(&[]);
@@ -80,14 +80,20 @@ unsafe fn send_one(qp: &Qp, wr: &ibv_send_wr) -> Result<()> {
         // SAFETY: the caller's promise.
         QpType::Ud => unsafe { datagram(op, wr) }?,
         // SAFETY: the caller's promise.
-        QpType::Rc | QpType::Uc => unsafe { target(op, wr) },
+        QpType::Rc | QpType::Uc | QpType::XrcSend => unsafe { target(op, wr) },
+        QpType::XrcRecv => return Err(EINVAL),
     };
     // SAFETY: the caller's promise.
     let sges = unsafe { sges(wr.sg_list, wr.num_sge, qp.rust.caps.max_send_sge) }?;
     // SAFETY: any four bytes are an immediate.
     let imm = unsafe { wr.__bindgen_anon_1.imm_data };
     let flags = SendFlags::from_bits(wr.send_flags).ok_or(EINVAL)?;
-    let request = Request { op, flags, imm, target, sges };
+    let srqn = match qp.rust.kind {
+        // SAFETY: any four bytes are a number.
+        QpType::XrcSend => unsafe { wr.qp_type.xrc.remote_srqn },
+        _ => 0,
+    };
+    let request = Request { op, flags, imm, target, srqn, sges };
     Ok(qp.rust.core.post_send(&SendWr { wr_id: wr.wr_id, request })?)
 }
 

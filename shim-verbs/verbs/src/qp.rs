@@ -1,12 +1,14 @@
 //! Queue pairs: making, modifying, querying and destroying them. Posting is in post.rs and wr_builder.rs.
 
+use crate::context::Context;
 use crate::convert::{caps_from_c, caps_to_c, mask_from_c, qp_attr_from_c, qp_attr_to_c};
 use crate::cq::Cq;
 use crate::guard::{self, EINVAL, EOPNOTSUPP, Result};
-use crate::object::{Acks, Delivered, Object};
+use crate::object::{Acks, Delivered, Live, Object, Users};
 use crate::pd::Pd;
+use crate::srq::{Srq, Xrcd};
 use crate::wr_builder::{self, Builder};
-use freeflow_core::client::{self, QpInit};
+use freeflow_core::client::{self, QpInit, Source};
 use freeflow_core::verbs::{QpAttrMask, QpCaps, QpType};
 use freeflow_verbs_abi::*;
 use std::ffi::c_int;
@@ -32,6 +34,9 @@ pub struct Rust {
     pub builder: Option<Builder>,
     /// Async events that the program got.
     pub async_events: Delivered,
+    /// Of XRC's target: its domain.
+    xrcd: *mut ibv_xrcd,
+    live: Arc<Live>,
 }
 
 pub type Qp = Object<Extended, Rust>;
@@ -49,62 +54,118 @@ impl Qp {
     }
 }
 
-/// What both create functions share.
+/// Makes core's side of a QP with a PD: all types but XRC's target.
 ///
 /// # Safety
 /// `pd` and the objects in `init` are live ones of this library, or NULL.
-unsafe fn create(pd: *mut ibv_pd, init: &mut ibv_qp_init_attr, send_ops: Option<u64>) -> Result<*mut ibv_qp> {
-    let kind = QpType::try_from(init.qp_type).map_err(|_| EOPNOTSUPP)?;
-    if !init.srq.is_null() {
-        return Err(EOPNOTSUPP);
-    }
-    if pd.is_null() || init.send_cq.is_null() || init.recv_cq.is_null() {
+unsafe fn create_core(
+    kind: QpType,
+    pd: *mut ibv_pd,
+    init: &ibv_qp_init_attr,
+    cookie: u64,
+) -> Result<Arc<client::Qp>> {
+    let receives_nothing = kind == QpType::XrcSend;
+    if pd.is_null() || init.send_cq.is_null() || (init.recv_cq.is_null() && !receives_nothing) {
         return Err(EINVAL);
     }
     // SAFETY: the caller's promise.
-    let domain = unsafe { Pd::of(pd) };
-    // SAFETY: the caller's promise.
     let send = unsafe { Cq::of(init.send_cq) };
+    // SAFETY: the caller's promise. XRC's initiator completes no receive.
+    let recv = if receives_nothing { send } else { unsafe { Cq::of(init.recv_cq) } };
     // SAFETY: the caller's promise.
-    let recv = unsafe { Cq::of(init.recv_cq) };
-    let place = Qp::reserve();
-    let sq_sig_all = init.sq_sig_all != 0;
-    let core = domain.rust.core.create_qp(QpInit {
+    let srq = (!init.srq.is_null()).then(|| unsafe { Srq::of(init.srq) });
+    let mut caps = caps_from_c(&init.cap);
+    if srq.is_some() || receives_nothing {
+        (caps.max_recv_wr, caps.max_recv_sge) = (0, 0);
+    }
+    // SAFETY: the caller's promise.
+    let domain = unsafe { Pd::of(pd) };
+    Ok(domain.rust.core.create_qp(QpInit {
         kind,
         send_cq: Arc::clone(&send.rust.core),
         recv_cq: Arc::clone(&recv.rust.core),
-        caps: caps_from_c(&init.cap),
-        sq_sig_all,
-        cookie: place.cookie(),
-    })?;
+        caps,
+        sq_sig_all: init.sq_sig_all != 0,
+        receives: srq.map(|srq| Source::Queue(Arc::clone(&srq.rust.core))),
+        cookie,
+    })?)
+}
+
+/// Counts a QP as a user of what it was made from, or not any more.
+///
+/// # Safety
+/// The objects in `base` are live ones of this library, or NULL.
+unsafe fn count(base: &ibv_qp, xrcd: *mut ibv_xrcd, change: fn(&Users)) {
+    if !base.pd.is_null() {
+        // SAFETY: the caller's promise.
+        change(&unsafe { Pd::of(base.pd) }.rust.users);
+    }
+    for cq in [base.send_cq, base.recv_cq].into_iter().filter(|cq| !cq.is_null()) {
+        // SAFETY: the caller's promise.
+        change(&unsafe { Cq::of(cq) }.rust.users);
+    }
+    if !base.srq.is_null() {
+        // SAFETY: the caller's promise.
+        change(&unsafe { Srq::of(base.srq) }.rust.users);
+    }
+    if !xrcd.is_null() {
+        // SAFETY: the caller's promise.
+        change(&unsafe { Xrcd::of(xrcd) }.rust.users);
+    }
+}
+
+/// What both create functions share. `xrcd` is NULL but for XRC's target, which has no PD.
+///
+/// # Safety
+/// `context`, `pd`, `xrcd` and the objects in `init` are live ones of this library, or NULL but for the first.
+unsafe fn create(
+    context: *mut ibv_context,
+    pd: *mut ibv_pd,
+    xrcd: *mut ibv_xrcd,
+    init: &mut ibv_qp_init_attr,
+    send_ops: Option<u64>,
+) -> Result<*mut ibv_qp> {
+    let kind = QpType::try_from(init.qp_type).map_err(|_| EOPNOTSUPP)?;
+    let place = Qp::reserve();
+    let core = if kind == QpType::XrcRecv {
+        if xrcd.is_null() {
+            return Err(EINVAL);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { Xrcd::of(xrcd) }.rust.core.create_target(place.cookie())?
+    } else {
+        // SAFETY: the caller's promise.
+        unsafe { create_core(kind, pd, init, place.cookie()) }?
+    };
     let caps = core.caps();
     init.cap = caps_to_c(&caps);
     // SAFETY: integers, nullable pointers and functions: all zeroes is valid.
     let mut c: Extended = unsafe { zeroed() };
     let base = &mut c.ex.qp_base;
-    // SAFETY: a field of a live C structure.
-    base.context = unsafe { (*pd).context };
+    base.context = context;
     base.qp_context = init.qp_context;
-    base.pd = pd;
-    base.send_cq = init.send_cq;
-    base.recv_cq = init.recv_cq;
+    if kind != QpType::XrcRecv {
+        (base.pd, base.send_cq, base.srq) = (pd, init.send_cq, init.srq);
+        base.recv_cq = if kind == QpType::XrcSend { std::ptr::null_mut() } else { init.recv_cq };
+    }
     base.handle = core.qpn();
     base.qp_num = core.qpn();
     base.state = IBV_QPS_RESET;
     base.qp_type = init.qp_type;
     base.mutex = libc::PTHREAD_MUTEX_INITIALIZER;
     base.cond = libc::PTHREAD_COND_INITIALIZER;
+    // SAFETY: the caller's promise: these are what the QP is made from.
+    unsafe { count(base, xrcd, Users::add) };
     if send_ops.is_some() {
         wr_builder::install(&mut c.ex);
         c.newer = [Some(wr_builder::UNBUILT); NEWER];
     }
     let builder = send_ops.map(|ops| Builder::new(&caps, ops));
-    domain.rust.live.insert(place.cookie());
-    let qp =
-        place.fill(c, Rust { core, kind, caps, sq_sig_all, builder, async_events: Delivered::default() });
-    domain.rust.users.add();
-    send.rust.users.add();
-    recv.rust.users.add();
+    // SAFETY: the caller's promise.
+    let live = Arc::clone(&unsafe { Context::of_ibv(context) }.rust.live);
+    live.insert(place.cookie());
+    let (sq_sig_all, async_events) = (init.sq_sig_all != 0, Delivered::default());
+    let qp = place.fill(c, Rust { core, kind, caps, sq_sig_all, builder, async_events, xrcd, live });
     Ok(qp.cast())
 }
 
@@ -114,19 +175,28 @@ pub unsafe extern "C" fn ibv_create_qp(pd: *mut ibv_pd, init: *mut ibv_qp_init_a
     guard::pointer(|| {
         // SAFETY: the caller's promise.
         let init = unsafe { &mut *init };
+        if pd.is_null() {
+            return Err(EINVAL);
+        }
+        // SAFETY: a field of a live C structure.
+        let context = unsafe { (*pd).context };
         // SAFETY: the caller's promise.
-        unsafe { create(pd, init, None) }
+        unsafe { create(context, pd, std::ptr::null_mut(), init, None) }
     })
 }
 
 /// Behind the inline ibv_create_qp_ex, whose attributes begin with those of ibv_create_qp.
-pub unsafe extern "C" fn create_ex(_: *mut ibv_context, init: *mut ibv_qp_init_attr_ex) -> *mut ibv_qp {
+pub unsafe extern "C" fn create_ex(context: *mut ibv_context, init: *mut ibv_qp_init_attr_ex) -> *mut ibv_qp {
     guard::pointer(|| {
         // SAFETY: the program passes its attributes.
         let ex = unsafe { &*init };
         let named = |bit: u32| ex.comp_mask & bit != 0;
-        let known = IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS | IBV_QP_INIT_ATTR_CREATE_FLAGS;
-        if !named(IBV_QP_INIT_ATTR_PD) {
+        let known = IBV_QP_INIT_ATTR_PD
+            | IBV_QP_INIT_ATTR_XRCD
+            | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS
+            | IBV_QP_INIT_ATTR_CREATE_FLAGS;
+        let target = ex.qp_type == IBV_QPT_XRC_RECV;
+        if !named(if target { IBV_QP_INIT_ATTR_XRCD } else { IBV_QP_INIT_ATTR_PD }) {
             return Err(EINVAL);
         }
         if ex.comp_mask & !known != 0 || (named(IBV_QP_INIT_ATTR_CREATE_FLAGS) && ex.create_flags != 0) {
@@ -136,12 +206,19 @@ pub unsafe extern "C" fn create_ex(_: *mut ibv_context, init: *mut ibv_qp_init_a
         if send_ops.is_some_and(|ops| ops & !wr_builder::SUPPORTED_OPS != 0) {
             return Err(EOPNOTSUPP);
         }
-        let pd = ex.pd;
+        let none = std::ptr::null_mut();
+        let pd = if target { none } else { ex.pd };
+        let xrcd = if target { ex.xrcd } else { none.cast() };
         // SAFETY: the two structures share their beginning; `ex` is not used any more.
         let init = unsafe { &mut *init.cast::<ibv_qp_init_attr>() };
         // SAFETY: the objects named are live.
-        unsafe { create(pd, init, send_ops) }
+        unsafe { create(context, pd, xrcd, init, send_ops) }
     })
+}
+
+/// Behind the inline ibv_open_qp: an XRC domain, and so its targets, are their process's alone.
+pub unsafe extern "C" fn open(_: *mut ibv_context, _: *mut ibv_qp_open_attr) -> *mut ibv_qp {
+    guard::pointer(|| Err(EOPNOTSUPP))
 }
 
 /// The extended interface of a QP that was made with send_ops_flags, else NULL.
@@ -212,18 +289,14 @@ pub unsafe extern "C" fn ibv_destroy_qp(qp: *mut ibv_qp) -> c_int {
         let pair = unsafe { Qp::of(qp) };
         // SAFETY: the live C structure, copied.
         let base = unsafe { qp.read() };
-        // SAFETY: a QP keeps its PD alive.
-        let domain = unsafe { Pd::of(base.pd) };
-        domain.rust.live.remove(qp as u64);
+        let xrcd = pair.rust.xrcd;
+        pair.rust.live.remove(qp as u64);
         pair.rust.core.close();
         pair.acks().wait(&pair.rust.async_events);
         // SAFETY: the C API forbids any use after this.
         unsafe { Qp::free(qp) };
-        domain.rust.users.sub();
-        for cq in [base.send_cq, base.recv_cq] {
-            // SAFETY: a QP keeps its CQs alive.
-            unsafe { Cq::of(cq) }.rust.users.sub();
-        }
+        // SAFETY: a QP keeps what it was made from alive.
+        unsafe { count(&base, xrcd, Users::sub) };
         Ok(())
     })
 }

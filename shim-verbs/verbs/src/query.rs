@@ -52,7 +52,8 @@ fn device_attr(core: &client::Context) -> ibv_device_attr {
         device_cap_flags: IBV_DEVICE_CURR_QP_STATE_MOD
             | IBV_DEVICE_SYS_IMAGE_GUID
             | IBV_DEVICE_RC_RNR_NAK_GEN
-            | IBV_DEVICE_PORT_ACTIVE_EVENT,
+            | IBV_DEVICE_PORT_ACTIVE_EVENT
+            | IBV_DEVICE_XRC,
         max_sge: int(limits::SGE),
         max_sge_rd: int(limits::SGE),
         max_cq: int(quota.max_cq),
@@ -63,6 +64,9 @@ fn device_attr(core: &client::Context) -> ibv_device_attr {
         max_res_rd_atom: int(quota.max_qp.saturating_mul(u32::from(limits::RD_ATOMIC))),
         max_qp_init_rd_atom: c_int::from(limits::RD_ATOMIC),
         atomic_cap: IBV_ATOMIC_GLOB, // CPU atomics: atomic towards the program's own as well
+        max_srq: int(quota.max_srq),
+        max_srq_wr: int(quota.max_qp_wr),
+        max_srq_sge: int(limits::SGE),
         max_ah: c_int::MAX,
         max_pkeys: 1,
         local_ca_ack_delay: 0,

@@ -42,6 +42,7 @@ struct Entry {
     flags: SendFlags,
     imm: u32,
     target: Target,
+    srqn: u32,
     /// Its part of the batch's scatter/gather entries.
     sges: Range<usize>,
 }
@@ -129,9 +130,10 @@ impl Batch {
         if self.entries.len() > 1 && qp.rust.core.send_room() < self.entries.len() {
             return Err(ENOMEM);
         }
-        for Entry { wr_id, op, flags, imm, target, sges } in &self.entries {
+        for Entry { wr_id, op, flags, imm, target, srqn, sges } in &self.entries {
             let sges = &self.sges[sges.clone()];
-            let request = Request { op: *op, flags: *flags, imm: *imm, target: *target, sges };
+            let (op, flags, imm, target, srqn) = (*op, *flags, *imm, *target, *srqn);
+            let request = Request { op, flags, imm, target, srqn, sges };
             qp.rust.core.post_send(&SendWr { wr_id: *wr_id, request })?;
         }
         Ok(())
@@ -183,7 +185,7 @@ unsafe fn begin(
     // SAFETY: as above, for wr_flags.
     let flags = unsafe { (*qp).wr_flags } & !IBV_SEND_INLINE;
     let Some(flags) = SendFlags::from_bits(flags) else { return batch.fail(libc::EINVAL) };
-    batch.entries.push(Entry { wr_id, op, flags, imm, target, sges: 0..0 });
+    batch.entries.push(Entry { wr_id, op, flags, imm, target, srqn: 0, sges: 0..0 });
 }
 
 unsafe extern "C" fn wr_send(qp: *mut ibv_qp_ex) {
@@ -243,6 +245,14 @@ unsafe extern "C" fn wr_set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, remote_
     let ah = unsafe { Ah::of(ah) };
     if let Some(entry) = batch.last() {
         entry.target = post::datagram_to(ah, remote_qpn, remote_qkey);
+    }
+}
+
+unsafe extern "C" fn wr_set_xrc_srqn(qp: *mut ibv_qp_ex, remote_srqn: u32) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let (_, batch) = unsafe { batch(qp) };
+    if let Some(entry) = batch.last() {
+        entry.srqn = remote_srqn;
     }
 }
 
@@ -345,7 +355,7 @@ pub fn install(ex: &mut ibv_qp_ex) {
     ex.wr_bind_mw = Some(unbuilt_bind_mw);
     ex.wr_local_inv = Some(unbuilt_u32);
     ex.wr_send_inv = Some(unbuilt_u32);
-    ex.wr_set_xrc_srqn = Some(unbuilt_u32);
+    ex.wr_set_xrc_srqn = Some(wr_set_xrc_srqn);
     ex.wr_send_tso = Some(unbuilt_tso);
     ex.wr_atomic_write = Some(unbuilt_atomic_write);
 }

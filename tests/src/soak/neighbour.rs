@@ -182,6 +182,8 @@ impl Neighbour {
             rq_depth: DEPTH as u32,
             rq_sge: 1,
             cq_bit: 0,
+            srq: 0,
+            xrcd: 0,
         };
         let qpn = self.ask(&create)?.id;
         let key = self.ask(&RegMr { pd, access: EVERY_ACCESS, addr: ADDR, len: LEN })?.key;
@@ -228,7 +230,7 @@ impl Neighbour {
         let qpn = qp.qpn;
         self.behave(&self.qps[&slot]);
         self.ask(&Connect { qpn, dest_qpn: peer_qpn, dgid: peer })?;
-        let resolve = Resolve { qpn, dest_qpn: peer_qpn, dgid: peer };
+        let resolve = Resolve { qpn, dest_qpn: peer_qpn, dgid: peer, srqn: 0, _pad: 0 };
         let (info, fds) = self.socket.call(&resolve, &[]).map_err(wrong("Resolve"))?;
         if info.state != peer_state::READY {
             return Err("the peer is not there".into());

@@ -29,6 +29,7 @@ use super::lock::Lock;
 use super::pd::Pd;
 use super::peers::PeerQp;
 use super::slab::{Block, BlockKind};
+use super::tickets::{Source, Tickets};
 use send::SendSide;
 
 /// What a QP is made of; ibv_create_qp(3).
@@ -39,6 +40,8 @@ pub struct QpInit {
     pub recv_cq: Arc<Cq>,
     pub caps: QpCaps,
     pub sq_sig_all: bool,
+    /// Its receives come from there: a shared receive queue, or of XRC's target its domain.
+    pub receives: Option<Source>,
     /// Comes back with asynchronous events.
     pub cookie: u64,
 }
@@ -81,14 +84,22 @@ fn check_caps(init: &QpInit, context: &Context) -> Result<()> {
     match (within, same, init.kind) {
         (false, ..) => Err(Error::Invalid("a capability is beyond the device's limit (ibv_query_device)")),
         (_, false, _) => Err(Error::Invalid("PD and CQs belong to different contexts")),
-        (.., QpType::Uc) => Err(Error::Unsupported("UC queue pairs")),
-        _ => Ok(()),
+        (.., kind) => check_source(kind, init.receives.as_ref()),
+    }
+}
+
+/// XRC's target has a domain, its initiator nothing, all others may have a shared receive queue.
+fn check_source(kind: QpType, source: Option<&Source>) -> Result<()> {
+    match (kind, source) {
+        (QpType::XrcRecv, Some(Source::Domain(_))) | (QpType::XrcSend, None) => Ok(()),
+        (QpType::Rc | QpType::Uc | QpType::Ud, None | Some(Source::Queue(_))) => Ok(()),
+        _ => Err(Error::Invalid("this type of queue pair receives from elsewhere (ibv_create_qp_ex)")),
     }
 }
 
 /// How many slots a receive queue gets: twice what the program asked for if that costs little, so that a receive is posted
 /// into a slot whose cache line can be fetched before it is needed, and not into the one its sender has just let go.
-fn receive_slots(max_recv_wr: u32, limit: u32) -> u32 {
+pub(super) fn receive_slots(max_recv_wr: u32, limit: u32) -> u32 {
     const CHEAP: u32 = 512 * 1024 / size_of::<RecvSlot>() as u32;
     let least = if max_recv_wr == 0 { 0 } else { max_recv_wr.next_power_of_two() };
     if least * 2 <= CHEAP.min(limit.next_power_of_two()) { least * 2 } else { least }
@@ -99,7 +110,10 @@ impl Pd {
     pub fn create_qp(self: &Arc<Self>, init: QpInit) -> Result<Arc<Qp>> {
         let context = &self.context;
         check_caps(&init, context)?;
-        let depth = receive_slots(init.caps.max_recv_wr, context.limits().max_qp_wr);
+        let depth = match &init.receives {
+            Some(source) => Tickets::depth(source),
+            None => receive_slots(init.caps.max_recv_wr, context.limits().max_qp_wr),
+        };
         let header = size_of::<QpShared>() as u64;
         let len = header + u64::from(depth) * size_of::<RecvSlot>() as u64;
         let block = context.slabs.allocate(&context.conn, BlockKind::Qp, len)?;
@@ -115,14 +129,17 @@ impl Pd {
         let no_room = || Error::NoRoom("queue memory");
         let shared = View::<QpShared>::new(Arc::clone(&block.map), block.offset, 1).ok_or_else(no_room)?;
         let slots = View::<RecvSlot>::new(Arc::clone(&block.map), block.offset + header, depth as usize);
-        let recv = RecvLane::new(slots.ok_or_else(no_room)?);
+        let slots = slots.ok_or_else(no_room)?;
+        let tickets = init.receives.clone().map(Tickets::new);
+        let recv = if tickets.is_some() { RecvLane::tickets(slots) } else { RecvLane::new(slots) };
         recv.reset(&shared[0]);
         shared[0].reset();
         let send = SendLane::new(init.caps.max_send_wr.max(1).next_power_of_two());
         let one_cq = Arc::ptr_eq(&init.send_cq, &init.recv_cq);
         let mut refused = None;
         let qp = Arc::new_cyclic(|weak: &Weak<Qp>| {
-            let lanes = Lanes::new(init.kind, shared, send, recv, Weak::clone(weak));
+            let lanes = Lanes::new(init.kind, shared, send, recv, tickets, Weak::clone(weak));
+            lanes.tickets.as_ref().inspect(|tickets| tickets.reset(&lanes));
             let recv_bit = init.recv_cq.attach(&lanes, self.id, one_cq, true);
             let send_bit = if one_cq { recv_bit } else { init.send_cq.attach(&lanes, self.id, true, false) };
             let request = CreateQp {
@@ -136,6 +153,8 @@ impl Pd {
                 rq_depth: depth,
                 rq_sge: init.caps.max_recv_sge,
                 cq_bit: recv_bit,
+                srq: srq_of(init),
+                xrcd: domain_of(init),
             };
             match context.conn.ask(&request) {
                 Ok(reply) => lanes.name(reply.id),
@@ -166,10 +185,23 @@ impl Pd {
             None => {
                 let mut qps = context.qps.lock().unwrap_or_else(PoisonError::into_inner);
                 qps.insert(qp.qpn(), Arc::downgrade(&qp));
+                match &init.receives {
+                    Some(Source::Queue(srq)) => srq.add_user(&qp),
+                    Some(Source::Domain(domain)) => domain.add_target(&qp.lanes),
+                    None => {}
+                }
                 Ok(Arc::clone(&qp))
             }
         }
     }
+}
+
+fn srq_of(init: &QpInit) -> u32 {
+    if let Some(Source::Queue(srq)) = &init.receives { srq.number() } else { 0 }
+}
+
+fn domain_of(init: &QpInit) -> u32 {
+    if let Some(Source::Domain(domain)) = &init.receives { domain.id() } else { 0 }
 }
 
 impl Qp {
@@ -196,8 +228,27 @@ impl Qp {
         QpAttr { qp_state: state, cur_qp_state: state, ..*attr }
     }
 
-    pub(super) fn pd_id(&self) -> u32 {
-        self.pd.id
+    /// May a peer have this QP's requests or receives touch memory of PD `pd`?
+    pub(super) fn touches(&self, pd: u32) -> bool {
+        let received = match self.lanes.tickets.as_ref().map(|tickets| &tickets.source) {
+            None => false,
+            Some(Source::Queue(srq)) => srq.pd_id() == pd,
+            Some(Source::Domain(_)) => true,
+        };
+        self.pd.id == pd || received
+    }
+
+    /// The peer it is connected to.
+    pub(super) fn destination(&self) -> Option<(Gid, u32)> {
+        self.send.lock().route.dest
+    }
+
+    pub(super) fn lanes(&self) -> &Lanes {
+        &self.lanes
+    }
+
+    pub(super) fn shared_header(&self) -> &QpShared {
+        &self.lanes.shared[0]
     }
 
     fn context(&self) -> &Arc<Context> {
@@ -240,6 +291,9 @@ impl Qp {
         self.recv_cq.completed(self.recv_bit, true);
         if self.lanes.shared[0].receive_posted() {
             self.tell_sender(dest); // it waits for a receive that does not come
+        }
+        if self.lanes.tickets.is_some() && self.kind() != QpType::Ud {
+            self.context().events.push(AsyncEvent { kind: AsyncKind::QpLastWqe, cookie: self.cookie });
         }
     }
 
@@ -341,6 +395,9 @@ impl Qp {
         self.lanes.shared[0].qpn.store(0, Ordering::SeqCst);
         self.send_cq.detach(&self.lanes);
         self.recv_cq.detach(&self.lanes);
+        if let Some(Source::Domain(domain)) = self.lanes.tickets.as_ref().map(|tickets| &tickets.source) {
+            domain.remove_target(&self.lanes);
+        }
         if self.qpn() == 0 {
             return; // the router refused it; Pd::create_qp frees the block
         }
@@ -348,6 +405,7 @@ impl Qp {
         let _ = context.conn.ask(&DestroyQp { qpn: self.qpn() });
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
         self.quiesce_briefly();
+        self.give_receives_back();
         // Whoever runs a request holds the lock; with it in hand none runs, and none will.
         let mut side = self.send.lock();
         self.give_up(&mut side);

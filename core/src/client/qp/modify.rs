@@ -127,7 +127,9 @@ impl Qp {
             side.reset();
             self.lanes.send.reset();
             let shared = &self.lanes.shared[0];
+            self.give_receives_back();
             self.lanes.recv.reset(shared);
+            self.lanes.tickets.as_ref().inspect(|tickets| tickets.reset(&self.lanes));
             shared.peer_qpn.store(0, Ordering::Relaxed);
             self.lanes.deserted.store(false, Ordering::Relaxed);
             self.send_failed.store(false, Ordering::Relaxed);

@@ -13,6 +13,7 @@ struct Wqe {
     flags: SendFlags,
     imm: u32,
     target: Target,
+    srqn: u32,
     sges: usize,
 }
 
@@ -24,6 +25,7 @@ impl Default for Wqe {
             flags: SendFlags::empty(),
             imm: 0,
             target: Target::Receive,
+            srqn: 0,
             sges: 0,
         }
     }
@@ -68,7 +70,7 @@ impl Queue {
 
     /// Remembers a request at the end. Inline data is copied now: its buffers are the program's again.
     pub fn push(&mut self, wr: &SendWr<'_>) {
-        let SendWr { wr_id, request: Request { op, flags, imm, target, sges: list } } = *wr;
+        let SendWr { wr_id, request: Request { op, flags, imm, target, srqn, sges: list } } = *wr;
         let at = self.index(self.posted);
         let lists = at * self.max_sge;
         let mut sges = list.len();
@@ -80,7 +82,7 @@ impl Queue {
         } else {
             self.sges[lists..][..sges].copy_from_slice(list);
         }
-        self.wqes[at] = Wqe { wr_id, op, flags, imm, target, sges };
+        self.wqes[at] = Wqe { wr_id, op, flags, imm, target, srqn, sges };
         self.posted = self.posted.wrapping_add(1);
     }
 
@@ -92,8 +94,8 @@ impl Queue {
         let at = self.index(self.next);
         let wqe = &self.wqes[at];
         let sges = &self.sges[at * self.max_sge..][..wqe.sges];
-        let request = Request { op: wqe.op, flags: wqe.flags, imm: wqe.imm, target: wqe.target, sges };
-        Some(SendWr { wr_id: wqe.wr_id, request })
+        let Wqe { wr_id, op, flags, imm, target, srqn, .. } = *wqe;
+        Some(SendWr { wr_id, request: Request { op, flags, imm, target, srqn, sges } })
     }
 
     pub fn reset(&mut self) {

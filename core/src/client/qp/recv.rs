@@ -13,7 +13,8 @@ impl Qp {
     /// ibv_post_recv(3), one request.
     pub fn post_recv(self: &Arc<Self>, wr_id: u64, sges: &[Sge]) -> Result<(), Errno> {
         let posting = self.recv.lock();
-        if self.state() == QpState::Reset || sges.len() > self.caps.max_recv_sge as usize {
+        let elsewhere = self.lanes.tickets.is_some();
+        if self.state() == QpState::Reset || elsewhere || sges.len() > self.caps.max_recv_sge as usize {
             return Err(Errno::INVAL);
         }
         if !self.lanes.recv.post(wr_id, sges, self.caps.max_recv_wr) {
@@ -32,7 +33,7 @@ impl Qp {
     }
 
     /// A send of the peer has waited long enough to sleep: the router wakes it.
-    pub(super) fn tell_sender(&self, dest: Option<(Gid, u32)>) {
+    pub(in super::super) fn tell_sender(&self, dest: Option<(Gid, u32)>) {
         let Some((dgid, dest_qpn)) = dest else { return };
         let ring = Ring { qpn: self.qpn(), dest_qpn, dgid: dgid.0, what: ring::PROGRESS };
         let _ = self.context().conn.ask(&ring);

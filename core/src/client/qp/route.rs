@@ -16,6 +16,9 @@ pub struct Route {
     /// Peer of a connected QP: (dgid, qpn) as set at RTR.
     pub dest: Option<(Gid, u32)>,
     connected: Option<DirectPath>,
+    /// XRC: the shared receive queue that `connected` leads to, and the way to others.
+    srqn: u32,
+    queues: HashMap<u32, DirectPath>,
     datagrams: HashMap<(Gid, u32), DirectPath>,
 }
 
@@ -23,7 +26,24 @@ impl Route {
     /// Drops what is known of the peers.
     pub fn forget(&mut self) {
         self.connected = None;
+        self.queues.clear();
         self.datagrams.clear();
+    }
+
+    /// XRC: the requests that follow are for the shared receive queue `srqn`.
+    pub fn aim(&mut self, srqn: u32) {
+        if self.srqn != srqn {
+            if let Some(path) = self.connected.take() {
+                self.queues.insert(self.srqn, path);
+            }
+            self.connected = self.queues.remove(&srqn);
+            self.srqn = srqn;
+        }
+    }
+
+    /// Is the peer announced when it comes? One queue of many, or one QP of a datagram's, is not.
+    pub fn is_announced(&self, target: &Target) -> bool {
+        self.srqn == 0 && !matches!(target, Target::Datagram(_))
     }
 
     /// The path for a request, if known.
@@ -61,7 +81,7 @@ impl Route {
             _ => self.dest,
         };
         let Some((dgid, dest_qpn)) = dest else { return };
-        let request = Resolve { qpn, dest_qpn, dgid: dgid.0 };
+        let request = Resolve { qpn, dest_qpn, dgid: dgid.0, srqn: self.srqn, _pad: 0 };
         let Ok((info, fds)) = context.conn.call(&request, &[]) else { return };
         if info.state != peer_state::READY {
             return;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use crate::exec::{Env, LocalTable, Outcome, Progress, Request, Target, UdDest, abandon, execute};
-use crate::ring::{QpShared, RqShared};
+use crate::ring::QpShared;
 use crate::shm::{LocalBytes, SharedBytes, copy_in};
 use crate::sync::Ordering;
 use crate::verbs::{
@@ -152,6 +152,8 @@ impl Qp {
         let datagram = matches!(wr.target, Target::Datagram(_));
         let op_fits = match self.kind() {
             QpType::Ud => datagram && matches!(wr.op, SendOp::Send | SendOp::SendImm),
+            QpType::Uc => !datagram && !wr.op.writes_locally(),
+            QpType::XrcRecv => false, // a target sends nothing
             _ => !datagram,
         };
         let list_fits = wr.sges.len() <= self.caps.max_send_sge as usize;
@@ -185,6 +187,9 @@ impl Qp {
     /// Runs one request as far as it gets.
     #[inline]
     fn run(&self, route: &mut Route, progress: &mut Progress, request: &Request<'_>) -> Outcome {
+        if request.srqn != 0 {
+            route.aim(request.srqn);
+        }
         if !route.knows(&request.target) {
             self.look_for_peer(route, &request.target);
         }
@@ -194,14 +199,30 @@ impl Qp {
         let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
         let (peer, mut memory) = path.bind(&context.conn, qpn);
         let env = Env { local, peer: Some(peer), memory: &mut memory, qpn, client, gid, budget: BUDGET };
-        execute(request, progress, env)
+        match execute(request, progress, env) {
+            done @ Outcome::Done { status: WcStatus::Success, .. } => done,
+            other => self.told(other, request),
+        }
+    }
+
+    /// What the sender is told. Of an unreliable connection: whatever befell the message on its way, it was sent.
+    #[cold]
+    fn told(&self, outcome: Outcome, request: &Request<'_>) -> Outcome {
+        use WcStatus::{LocLenErr, LocProtErr, LocQpOpErr};
+        match outcome {
+            Outcome::Again | Outcome::Done { status: LocProtErr | LocLenErr | LocQpOpErr, .. } => outcome,
+            _ if self.kind() != QpType::Uc => outcome,
+            _ => {
+                let byte_len = request.sges.iter().map(|sge| sge.length).sum();
+                Outcome::Done { status: WcStatus::Success, byte_len }
+            }
+        }
     }
 
     #[cold]
     pub(super) fn look_for_peer(&self, route: &mut Route, target: &Target) {
-        let connected = !matches!(target, Target::Datagram(_));
-        // A connected peer that was not there will be announced; datagrams ask each time.
-        if !connected || self.ask_again.swap(false, Ordering::AcqRel) {
+        // A peer that was not there and will be announced is not asked for each time.
+        if !route.is_announced(target) || self.ask_again.swap(false, Ordering::AcqRel) {
             route.resolve(self.context(), self.qpn(), target);
         }
     }
@@ -213,7 +234,7 @@ impl Qp {
         let local = LocalTable::new(&context.mrs, self.pd.id);
         let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
         let env = Env { local, peer: None, memory: &mut Nowhere, qpn, client, gid, budget: 0 };
-        execute(request, progress, env)
+        self.told(execute(request, progress, env), request)
     }
 
     /// Moves the queue on. Returns what its head waits for.
@@ -284,6 +305,13 @@ impl Qp {
                 }
                 None
             }
+            Outcome::Full => {
+                side.stall = Stall::Rnr { deadline: None };
+                if sleeping && self.ask_to_be_told(side) {
+                    side.stall = Stall::More;
+                }
+                None
+            }
             Outcome::Absent => {
                 let deadline = match before {
                     Stall::Absent { deadline } => deadline,
@@ -298,9 +326,7 @@ impl Qp {
     /// Leaves word with the peer that a send waits. True: there is a receive after all.
     fn ask_to_be_told(&self, side: &mut SendSide) -> bool {
         let Some(path) = side.route.find(&Target::Receive) else { return false };
-        let shared = &path.peer.qp[0];
-        shared.wait_for_receive();
-        RqShared::new(&path.peer.slots).ready(&shared.head)
+        path.bind(&self.context().conn, self.qpn()).0.wait_for_receive()
     }
 
     fn rnr_deadline(&self, side: &mut SendSide) -> Option<Instant> {
@@ -359,11 +385,11 @@ impl Qp {
         }
     }
 
-    /// A send ended in error: a connected QP goes to ERR, a datagram QP's send queue to SQE.
+    /// A send ended in error: a reliable QP goes to ERR, the send queue of another to SQE.
     #[cold]
     fn send_failed(&self, side: &SendSide) {
         let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
-        if self.kind() == QpType::Ud {
+        if matches!(self.kind(), QpType::Ud | QpType::Uc) {
             self.lanes.change_state(QpState::Sqe, |now| now == QpState::Rts);
             return;
         }
@@ -421,6 +447,12 @@ impl crate::exec::PeerMemory for Nowhere {
     }
 
     fn bell(&mut self) {}
+
+    fn limit(&mut self) {}
+
+    fn is_reliable(&self) -> bool {
+        true
+    }
 
     fn fault(&mut self) {}
 }

@@ -127,7 +127,7 @@ impl World {
     pub fn step(&mut self, request: &Request<'_>, progress: &mut Progress, budget: u64) -> Outcome {
         let World { qp, cq, slots, mrs, own_mrs, path, .. } = self;
         let rq = RqShared::new(slots);
-        let peer = Some(Peer { qp, rq, cq, cq_bit: 0, mrs, pd: PD, qpn: PEER_QPN });
+        let peer = Some(Peer { qp, rq, srq: None, recv_pd: PD, cq, cq_bit: 0, mrs, pd: PD, qpn: PEER_QPN });
         let local = LocalTable::new(own_mrs, PD);
         let env = Env { local, peer, memory: path, qpn: QPN, client: CLIENT, gid: Gid::default(), budget };
         execute(request, progress, env)
@@ -190,6 +190,12 @@ impl PeerMemory for Path {
         Ok(())
     }
 
+    fn limit(&mut self) {}
+
+    fn is_reliable(&self) -> bool {
+        true
+    }
+
     fn bell(&mut self) {
         self.bells += 1;
     }
@@ -207,7 +213,7 @@ pub fn request<'a>(op: SendOp, sges: &'a [Sge]) -> Request<'a> {
         }
         _ => Target::Memory { addr: IOVA, rkey: KEY },
     };
-    Request { op, flags: SendFlags::empty(), imm: 0x0102_0304, target, sges }
+    Request { op, flags: SendFlags::empty(), imm: 0x0102_0304, target, srqn: 0, sges }
 }
 
 pub fn done(status: WcStatus, byte_len: u32) -> Outcome {

@@ -22,7 +22,17 @@ fn is_posted(world: &World, seq: u32) -> bool {
 
 fn leave(world: &mut World, progress: &mut Progress) {
     let World { qp, cq, slots, mrs, path, .. } = world;
-    let peer = Peer { qp, rq: RqShared::new(slots), cq, cq_bit: 0, mrs, pd: PD, qpn: PEER_QPN };
+    let peer = Peer {
+        qp,
+        rq: RqShared::new(slots),
+        srq: None,
+        recv_pd: PD,
+        cq,
+        cq_bit: 0,
+        mrs,
+        pd: PD,
+        qpn: PEER_QPN,
+    };
     abandon(progress, peer, path, QPN, CLIENT);
 }
 

@@ -129,7 +129,7 @@ impl Ep {
 
     fn post(&self, op: SendOp, target: Target, sges: &[Sge], number: usize) -> bool {
         let wr_id = Event::Op(number).pack();
-        let request = Request { op, flags: SendFlags::SIGNALED, imm: 0, target, sges };
+        let request = Request { op, flags: SendFlags::SIGNALED, imm: 0, target, srqn: 0, sges };
         self.qp.post_send(&SendWr { wr_id, request }).is_ok()
     }
 
@@ -141,7 +141,7 @@ impl Ep {
     /// An inline SEND that nobody waits for.
     fn send_unsignaled(&self, sges: &[Sge]) {
         let flags = SendFlags::SOLICITED | SendFlags::INLINE;
-        let request = Request { op: SendOp::Send, flags, imm: 0, target: Target::Receive, sges };
+        let request = Request { op: SendOp::Send, flags, imm: 0, target: Target::Receive, srqn: 0, sges };
         let _ = self.qp.post_send(&SendWr { wr_id: Event::None.pack(), request });
     }
 

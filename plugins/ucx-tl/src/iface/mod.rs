@@ -143,7 +143,7 @@ impl Iface {
         let sge = Sge { addr: bytes.as_ptr() as u64, length: bytes.len() as u32, lkey: 0 };
         let dest = UdDest { dgid, qpn, qkey: QKEY, traffic_class: 0, hop_limit: 64 };
         let (op, flags, target) = (SendOp::Send, SendFlags::INLINE, Target::Datagram(dest));
-        let request = Request { op, flags, imm: 0, target, sges: &[sge] };
+        let request = Request { op, flags, imm: 0, target, srqn: 0, sges: &[sge] };
         let _ = self.ud.post_send(&SendWr { wr_id: Event::None.pack(), request });
     }
 
