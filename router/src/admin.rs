@@ -98,7 +98,7 @@ pub struct Pong {
 }
 
 /// What `freeflow ps --json` prints.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ps {
     pub version: u32,
     pub containers: Vec<PsContainer>,

@@ -29,9 +29,14 @@ pub struct Args {
 }
 
 pub fn main(args: &Args) -> Result<ExitCode> {
-    let socket =
-        if args.lab { lab::running_router()? } else { paths::router_socket(args.router.as_deref())? };
-    let ps = admin::Client::connect(&socket)?.ps()?;
+    let sockets =
+        if args.lab { lab::running_routers()? } else { vec![paths::router_socket(args.router.as_deref())?] };
+    let mut ps = Ps::default();
+    for socket in sockets {
+        let host = admin::Client::connect(&socket)?.ps()?;
+        ps.version = host.version;
+        ps.containers.extend(host.containers);
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&ps).context("cannot print")?);
     } else {

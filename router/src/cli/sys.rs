@@ -4,6 +4,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
@@ -58,13 +59,20 @@ pub struct ChildSetup {
     pub on_parent_death: Option<Signal>,
     /// Namespaces it leaves its parent's for.
     pub unshare: UnshareFlags,
+    /// A network namespace it joins; whoever starts the child keeps the descriptor open.
+    pub network: Option<RawFd>,
     /// Leaves terminal and session.
     pub new_session: bool,
 }
 
 impl Default for ChildSetup {
     fn default() -> Self {
-        Self { on_parent_death: Some(Signal::KILL), unshare: UnshareFlags::empty(), new_session: false }
+        Self {
+            on_parent_death: Some(Signal::KILL),
+            unshare: UnshareFlags::empty(),
+            network: None,
+            new_session: false,
+        }
     }
 }
 
@@ -83,8 +91,14 @@ impl ChildSetup {
             rustix::process::setsid()?;
         }
         rustix::process::set_parent_process_death_signal(self.on_parent_death)?;
+        self.network.map_or(Ok(()), join_network)?;
         unshare(self.unshare)
     }
+}
+
+fn join_network(fd: RawFd) -> io::Result<()> {
+    // SAFETY: changes the calling thread's network namespace, or fails; memory and descriptors stay.
+    if unsafe { libc::setns(fd, libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Leaves this process's namespaces for new ones.

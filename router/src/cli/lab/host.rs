@@ -15,10 +15,11 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::bundle::Bundle;
 use super::events::{Event, Watched, watch};
+use super::network::{self, Namespace};
 use super::output::{Output, Stream};
 use super::spec::{ContainerSpec, HostSpec, Spec};
 use super::userns::ContainerIds;
-use super::{network, runc, state};
+use super::{cluster, runc, state};
 use crate::cli::daemonise::{self, Start};
 use crate::cli::failure::{Context as _, Failure, Result};
 use crate::cli::sys::ChildSetup;
@@ -28,6 +29,7 @@ pub struct Host {
     pub router_socket: PathBuf,
     dir: PathBuf,
     router: Pid,
+    _namespace: Namespace,
 }
 
 pub struct Container {
@@ -42,50 +44,22 @@ impl Host {
     pub fn start(
         spec: &Spec,
         host: &HostSpec,
+        namespace: Namespace,
         output: &Output,
         events: &mpsc::Sender<Event>,
     ) -> Result<Self> {
-        let bridge = network::Bridge::make(host.gateway)?;
-        let router_socket = state::router_socket(&spec.dir);
-        let router = start_router(&router_socket, output)?;
-        let mut started = Self {
-            containers: Vec::new(),
-            router_socket,
-            dir: spec.dir.clone(),
-            router: Pid::from_child(&router),
-        };
+        let bridge = network::Bridge::make(&namespace, host.gateway)?;
+        let router_socket = state::router_socket(&spec.dir, host_dir(spec, host));
+        let router = start_router(spec, host, &router_socket, namespace.setup(), output)?;
+        let pid = Pid::from_child(&router);
         watch(router, Watched::Router, events.clone());
         let ids = ContainerIds::new(spec.rootless)?;
+        let mut containers = Vec::new();
+        let place = Place { socket: &router_socket, bridge: &bridge, ids: &ids };
         for container in &host.containers {
-            let container = started.start_container(spec, container, &bridge, &ids)?;
-            started.containers.push(container);
+            containers.push(place.start(spec, container)?);
         }
-        Ok(started)
-    }
-
-    fn start_container(
-        &self,
-        spec: &Spec,
-        container: &ContainerSpec,
-        bridge: &network::Bridge,
-        ids: &ContainerIds,
-    ) -> Result<Container> {
-        let bundle = Bundle::make(spec, container, ids)?;
-        self.register(&container.name, container.ip, bundle.door_dir())?;
-        let (reader, lifeline) = std::io::pipe().context("cannot make a pipe")?;
-        let init = runc::start(&spec.dir, bundle.dir(), &container.name, reader.into())?;
-        let started = Container { name: container.name.clone(), init, _lifeline: lifeline };
-        bridge.attach(&started.name, started.init, container.ip)?;
-        Ok(started)
-    }
-
-    fn register(&self, name: &str, ip: IpAddr, dir: PathBuf) -> Result<()> {
-        let add = admin::Add { name: name.to_owned(), ip: Some(ip), tenant: None, dir: Some(dir) };
-        let added = admin::Client::connect(&self.router_socket)?.add(add)?;
-        if added.vip != ip {
-            return Err(Failure::new(format!("the router gave {name} {} instead of {ip}", added.vip)));
-        }
-        Ok(())
+        Ok(Self { containers, router_socket, dir: spec.dir.clone(), router: pid, _namespace: namespace })
     }
 
     /// Starts a command in a container, its output prefixed with the container's name.
@@ -104,6 +78,34 @@ impl Host {
     pub fn cm_ports(&self, container: &str) -> Result<Vec<u16>> {
         let all = admin::Client::connect(&self.router_socket)?.ls()?;
         Ok(all.into_iter().filter(|c| c.name == container).flat_map(|c| c.cm_ports).collect())
+    }
+}
+
+/// Where containers of a host go.
+struct Place<'a> {
+    socket: &'a Path,
+    bridge: &'a network::Bridge<'a>,
+    ids: &'a ContainerIds,
+}
+
+impl Place<'_> {
+    fn start(&self, spec: &Spec, container: &ContainerSpec) -> Result<Container> {
+        let bundle = Bundle::make(spec, container, self.ids)?;
+        self.register(&container.name, container.ip, bundle.door_dir())?;
+        let (reader, lifeline) = std::io::pipe().context("cannot make a pipe")?;
+        let init = runc::start(&spec.dir, bundle.dir(), &container.name, reader.into())?;
+        let started = Container { name: container.name.clone(), init, _lifeline: lifeline };
+        self.bridge.attach(&started.name, started.init, container.ip)?;
+        Ok(started)
+    }
+
+    fn register(&self, name: &str, ip: IpAddr, dir: PathBuf) -> Result<()> {
+        let add = admin::Add { name: name.to_owned(), ip: Some(ip), tenant: None, dir: Some(dir) };
+        let added = admin::Client::connect(self.socket)?.add(add)?;
+        if added.vip != ip {
+            return Err(Failure::new(format!("the router gave {name} {} instead of {ip}", added.vip)));
+        }
+        Ok(())
     }
 }
 
@@ -136,9 +138,24 @@ impl Drop for Host {
     }
 }
 
-fn start_router(socket: &Path, output: &Output) -> Result<Child> {
+/// The part of the lab's directory that is one host's of several.
+fn host_dir<'a>(spec: &Spec, host: &'a HostSpec) -> Option<&'a str> {
+    spec.is_cluster().then_some(&host.name)
+}
+
+fn start_router(
+    spec: &Spec,
+    host: &HostSpec,
+    socket: &Path,
+    setup: ChildSetup,
+    output: &Output,
+) -> Result<Child> {
+    let name = host_dir(spec, host).map_or_else(|| "router".to_owned(), |host| format!("router {host}"));
+    let config = match host_dir(spec, host) {
+        None => None,
+        Some(_) => Some(cluster::write(spec, host, socket)?),
+    };
     let (reader, writer) = std::io::pipe().context("cannot make a pipe")?;
-    output.follow_to_the_end("router", Stream::Err, reader);
-    let setup = ChildSetup::default();
-    daemonise::spawn(Start { socket, config: None, log: writer.into(), level: "warn", setup })
+    output.follow_to_the_end(&name, Stream::Err, reader);
+    daemonise::spawn(Start { socket, config: config.as_deref(), log: writer.into(), level: "warn", setup })
 }

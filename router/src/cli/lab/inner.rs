@@ -11,9 +11,10 @@ use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
 use super::events::{Event, Watched, watch};
 use super::host::Host;
+use super::network::{self, Namespace};
 use super::sequence;
 use super::spec::Spec;
-use super::{network, output, runc};
+use super::{output, runc};
 use crate::cli::container::place_tree;
 use crate::cli::failure::{Context as _, Failure, Result};
 use crate::cli::paths::{self, Dist};
@@ -28,14 +29,9 @@ pub fn run(spec: &str) -> Result<ExitCode> {
     let (events, inbox) = mpsc::channel();
     forward_signals(signals, events.clone());
     private_mounts(&spec.dir)?;
-    network::loopback_up()?;
     place_tree(&Dist::find()?, &spec.dir.join("dist"))?;
     let output = output::Output::default();
-    let hosts = spec
-        .hosts
-        .iter()
-        .map(|host| Host::start(&spec, host, &output, &events))
-        .collect::<Result<Vec<_>>>()?;
+    let hosts = start_hosts(&spec, &output, &events)?;
     let code = if spec.runs.is_empty() {
         shell(&spec, &hosts, &events, &inbox)?
     } else {
@@ -44,6 +40,19 @@ pub fn run(spec: &str) -> Result<ExitCode> {
     drop(hosts);
     output.finish();
     Ok(ExitCode::from(code))
+}
+
+/// All hosts, the network between them first: routers bind their addresses on it.
+fn start_hosts(spec: &Spec, output: &output::Output, events: &mpsc::Sender<Event>) -> Result<Vec<Host>> {
+    let namespaces: Vec<Namespace> = if spec.is_cluster() {
+        let made = spec.hosts.iter().map(|_| Namespace::new()).collect::<Result<Vec<_>>>()?;
+        network::join(&spec.hosts, &made)?;
+        made
+    } else {
+        vec![Namespace::own()?]
+    };
+    let hosts = spec.hosts.iter().zip(namespaces);
+    hosts.map(|(host, namespace)| Host::start(spec, host, namespace, output, events)).collect()
 }
 
 fn forward_signals(signals: SignalSet, events: mpsc::Sender<Event>) {

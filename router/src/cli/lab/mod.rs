@@ -8,6 +8,7 @@
 
 mod bundle;
 mod cgroups;
+mod cluster;
 mod events;
 mod host;
 mod inner;
@@ -30,12 +31,12 @@ use clap::Parser;
 use super::failure::{OWN_FAILURE, Result};
 
 pub use outer::INNER_COMMAND;
-pub use running::{find as find_container, running_router};
+pub use running::{find as find_container, running_routers};
 
 /// Start a throw-away cluster of unprivileged containers and run programs in it.
 #[derive(Debug, Parser)]
 #[command(after_help = "\
-Containers are named c1, c2, ..; @c1 in a command is c1's address. Commands are started in order: each once the previous
+Containers are named c1, c2, .., with several hosts h1c1, h1c2, .., h2c1; @c1 in a command is c1's address. Commands are started in order: each once the previous
 one has a listening TCP or rdma_cm port, has ended, or 10 s passed. The lab ends when the last --run ends; the others
 then get SIGTERM and do not count. Exit status: that of the first --run that failed by itself, else the last one's
 (128+n for signal n); 125 when the lab itself failed. Without --run: a shell in c1.
@@ -45,6 +46,7 @@ Needs runc and ip (packages runc, iproute2). Runs as root, or without where the 
 Examples:
   freeflow lab --run c1='ib_write_bw -d ff0' --run c2='ib_write_bw -d ff0 @c1'
   freeflow lab --containers 3
+  freeflow lab --hosts 2 --containers 1 --run h1c1='ib_write_bw' --run h2c1='ib_write_bw @h1c1'
   freeflow lab --rootfs /srv/bookworm --run c1='ibv_devinfo'")]
 pub struct Args {
     /// Hosts, each with a router of its own

@@ -23,13 +23,6 @@ pub const INNER_COMMAND: &str = "lab-inner";
 const SIGNALS: [Signal; 5] = [ENDING[0], ENDING[1], ENDING[2], ENDING[3], Signal::CHILD];
 
 pub fn run(args: Args) -> Result<ExitCode> {
-    if args.hosts > 1 {
-        return Err(Failure::new(format!(
-            "--hosts {}: labs of several hosts are not in this version; it has --hosts 1 with up to {} containers",
-            args.hosts,
-            spec::MAX_CONTAINERS
-        )));
-    }
     let hosts = spec::hosts(args.hosts, args.containers);
     let runs = args.run.iter().map(|text| spec::run(text, &hosts)).collect::<Result<Vec<_>>>()?;
     let rootfs = args.rootfs.as_deref().map(checked_rootfs).transpose()?;

@@ -19,13 +19,13 @@ fn running() -> Result<Vec<(PathBuf, State)>> {
     Ok(labs)
 }
 
-/// The router socket of the only running lab, as this process can reach it.
-pub fn running_router() -> Result<PathBuf> {
+/// The router sockets of the only running lab, as this process can reach them.
+pub fn running_routers() -> Result<Vec<PathBuf>> {
     match running()?.as_slice() {
         [] => Err(no_lab()),
-        [(dir, state)] => {
+        [(_, state)] => {
             let root = Path::new("/proc").join(state.inner.to_string()).join("root");
-            Ok(root.join(state::router_socket(dir).strip_prefix("/").unwrap_or(dir)))
+            Ok(state.routers.iter().map(|path| root.join(path.strip_prefix("/").unwrap_or(path))).collect())
         }
         several => Err(Failure::new(format!("{} labs are running: give --router", several.len()))),
     }

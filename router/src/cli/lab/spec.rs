@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::network;
 use crate::cli::failure::{Failure, Result};
 
 /// Most containers per host: their addresses share one /24.
@@ -24,9 +25,15 @@ pub struct Spec {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct HostSpec {
+    /// h1..; what the routers of a cluster call it.
+    pub name: String,
     pub containers: Vec<ContainerSpec>,
+    /// The network of its containers, a /24.
+    pub network: IpAddr,
     /// The bridge's own address.
     pub gateway: IpAddr,
+    /// Its address between hosts.
+    pub wire: IpAddr,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -43,6 +50,11 @@ pub struct RunSpec {
 }
 
 impl Spec {
+    /// Whether there is something between hosts.
+    pub fn is_cluster(&self) -> bool {
+        self.hosts.len() > 1
+    }
+
     pub fn containers(&self) -> impl Iterator<Item = &ContainerSpec> {
         self.hosts.iter().flat_map(|host| &host.containers)
     }
@@ -54,8 +66,11 @@ pub fn hosts(hosts: u8, containers: u8) -> Vec<HostSpec> {
     let address = |h: u8, c: u8| IpAddr::V4(Ipv4Addr::new(10, 77, h, c));
     let container = |h: u8, c: u8| ContainerSpec { name: name(h, c), ip: address(h, c) };
     let host = |h: u8| HostSpec {
+        name: format!("h{h}"),
         containers: (1..=containers).map(|c| container(h, c)).collect(),
+        network: address(h, 0),
         gateway: address(h, 254),
+        wire: network::wire_address(h),
     };
     (1..=hosts).map(host).collect()
 }

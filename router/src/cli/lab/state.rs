@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::cgroups;
-use super::spec::Spec;
+use super::spec::{HostSpec, Spec};
 use crate::cli::failure::{Context as _, Result};
 
 const FILE: &str = "lab.json";
@@ -21,15 +21,17 @@ pub struct State {
     pub inner: u32,
     pub rootless: bool,
     pub containers: Vec<String>,
+    /// Where its routers listen, as the lab's own processes name it.
+    pub routers: Vec<PathBuf>,
 }
 
 pub fn dir_of(runtime: &Path, pid: u32) -> PathBuf {
     runtime.join(format!("{PREFIX}{pid}"))
 }
 
-/// Where the router of the lab in `dir` listens, as the lab's own processes name it.
-pub fn router_socket(dir: &Path) -> PathBuf {
-    dir.join("router.sock")
+/// Where a router of the lab in `dir` listens; `host` names one of several.
+pub fn router_socket(dir: &Path, host: Option<&str>) -> PathBuf {
+    host.map_or_else(|| dir.to_owned(), |host| dir.join(host)).join("router.sock")
 }
 
 /// runc's state directory in the lab in `dir`.
@@ -39,7 +41,9 @@ pub fn runc_root(dir: &Path) -> PathBuf {
 
 pub fn write(dir: &Path, inner: u32, spec: &Spec) -> Result<()> {
     let containers = spec.containers().map(|c| c.name.clone()).collect();
-    let state = State { inner, rootless: spec.rootless, containers };
+    let host_name = |host: &HostSpec| spec.is_cluster().then(|| host.name.clone());
+    let routers = spec.hosts.iter().map(|host| router_socket(dir, host_name(host).as_deref())).collect();
+    let state = State { inner, rootless: spec.rootless, containers, routers };
     let json = serde_json::to_vec(&state).context("cannot write the lab's state")?;
     fs::write(dir.join(FILE), json).context(format_args!("cannot write {}", dir.join(FILE).display()))
 }
