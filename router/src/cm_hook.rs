@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use freeflow_core::ctl::{Incoming, RawGid, SocketError};
 use freeflow_core::verbs::Gid;
 
-use crate::cm::{Directory, Home, Service};
+use crate::cm::{Directory, FarOutput, Home, HostName, Service};
 use crate::session::Session;
 use crate::shared::Shared;
 use crate::state::Owner;
@@ -20,18 +20,39 @@ impl Directory for Host {
         if Gid(*addr).ip().is_loopback() {
             return Some(from.clone());
         }
-        self.0.upgrade()?.with(|state| {
-            let container = state.directory.find(&from.tenant, Gid(*addr).ip())?;
+        let shared = self.0.upgrade()?;
+        let ip = Gid(*addr).ip();
+        let here = shared.with(|state| {
+            let container = state.directory.find(&from.tenant, ip)?;
             let vip = state.containers.get(&container)?.vip;
             Some(Home { tenant: from.tenant.clone(), vip: Gid::of(vip).0 })
+        });
+        let far = || shared.cluster.get()?.hosts.find(&from.tenant, ip);
+        here.or_else(|| {
+            far().map(|_| Home { tenant: from.tenant.clone(), vip: Gid::of(ip.to_canonical()).0 })
         })
+    }
+
+    fn host(&self, home: &Home) -> Option<HostName> {
+        let shared = self.0.upgrade()?;
+        let ip = Gid(home.vip).ip();
+        if shared.with(|state| state.directory.find(&home.tenant, ip).is_some()) {
+            return None;
+        }
+        Some(shared.cluster.get()?.hosts.find(&home.tenant, ip)?.name.clone())
     }
 }
 
 /// Starts the router's connection manager.
 pub fn start(shared: &Arc<Shared>) -> std::io::Result<Service> {
     // Which free ports come first need not be secret, only different from one router to the next.
-    Service::start(Box::new(Host(Arc::downgrade(shared))), shared.boot as u16)
+    let links = Arc::downgrade(shared);
+    let post = Box::new(move |message: &FarOutput| {
+        if let Some(links) = links.upgrade().as_ref().and_then(|shared| shared.links.get()) {
+            links.send_cm(&message.host, &message.bytes);
+        }
+    });
+    Service::start(Box::new(Host(Arc::downgrade(shared))), shared.boot as u16, post)
 }
 
 fn home(shared: &Shared, container: u32) -> Option<Home> {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use freeflow_core::verbs::Gid;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 use rustix::net::SocketType;
@@ -16,6 +17,7 @@ use crate::admin::{DEFAULT_TENANT, admin_socket};
 use crate::admin_server::{Admin, make_dir};
 use crate::cluster::{Claim, ClusterError, Membership};
 use crate::config::{ConfigError, Settings};
+use crate::link::Links;
 use crate::listener::{ListenError, Listener, SocketFile, Stop, accept_loop, listen};
 use crate::proof::Proofs;
 use crate::shared::Shared;
@@ -110,6 +112,10 @@ impl Daemon {
         if let Some(membership) = Membership::start(&shared.settings)? {
             shared.cluster.get_or_init(|| membership);
         }
+        if let Some(membership) = shared.cluster.get() {
+            let links = start_links(&shared, membership)?;
+            shared.links.get_or_init(|| links);
+        }
         let cm = cm_hook::start(&shared).map_err(system("connection manager"))?;
         shared.cm.get_or_init(|| cm);
         let default = add_default(&shared, &socket)?;
@@ -198,6 +204,20 @@ fn add_default(shared: &Shared, socket: &Path) -> Result<u32, Error> {
     // Bridges have the same address on many hosts: the first one keeps it.
     outward.into_iter().for_each(|ip| shared.publish(&DEFAULT_TENANT.into(), ip, Claim::Modest));
     Ok(id)
+}
+
+/// The way to other hosts: queue pairs to a container that moves between them fail.
+fn start_links(shared: &Arc<Shared>, membership: &Membership) -> Result<Links, Error> {
+    let listen = shared.settings.cluster_listen;
+    let links = Links::start(shared, listen);
+    let links = links.map_err(system(format!("cannot listen for other routers at {listen}")))?;
+    let weak = Arc::downgrade(shared);
+    membership.hosts.subscribe(Box::new(move |moved| {
+        if let Some(links) = weak.upgrade().as_ref().and_then(|shared| shared.links.get()) {
+            links.moved(&moved.home.tenant, Gid::of(moved.home.ip), &moved.to);
+        }
+    }));
+    Ok(links)
 }
 
 /// A host may have several routers, and one address: those that come later do without.

@@ -12,6 +12,7 @@ mod directory;
 mod host;
 mod identity;
 mod limiter;
+mod link;
 mod listener;
 mod metrics;
 mod proof;

@@ -47,7 +47,7 @@ impl State {
             qpn,
             transport: transport(qp.kind).into(),
             state: self.qp_state(qp).map_or("?", state_name).into(),
-            path: reachable.then(|| "direct".into()),
+            path: if qp.far { Some("link:tcp".into()) } else { reachable.then(|| "direct".into()) },
             peer,
             tx_bytes: counters.tx_bytes,
             rx_bytes: counters.rx_bytes,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use freeflow_core::ctl::*;
 use freeflow_core::shm::{Bell, Mapping, is_sealed_memfd, make_memfd};
-use freeflow_core::verbs::Gid;
+use freeflow_core::verbs::{Gid, QpType};
 use rustix::fs::FallocateFlags;
 use zerocopy::IntoBytes;
 
@@ -64,6 +64,8 @@ const TABLE: &[Entry] = &[
     entry::<Claim>(),
     entry::<BringSlab>(),
     entry::<Resumed>(),
+    entry::<OpenDoorbell>(),
+    entry::<AttachLink>(),
 ];
 
 /// The handler of a kind.
@@ -155,7 +157,7 @@ impl Handle for Resumed {
 fn fill_slab(fd: OwnedFd, len: u64) -> rustix::io::Result<Slab> {
     rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, len)?;
     let map = Mapping::new(&fd, 0, len as usize, true)?;
-    Ok(Slab { fd: Arc::new(fd), map })
+    Ok(Slab { fd: Arc::new(fd), map: Arc::new(map) })
 }
 
 impl Handle for AllocPd {
@@ -261,9 +263,65 @@ impl Handle for DestroySrq {
 }
 
 impl Handle for Connect {
-    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Connected, Fds)> {
         let (qpn, dest, gid) = (self.qpn, self.dest_qpn, Gid(self.dgid));
-        done(session.shared.with(|state| state.connect(session.owner, qpn, dest, gid)))
+        session.shared.with(|state| state.connect(session.owner, qpn, dest, gid))?;
+        let far = connect_far(session, qpn, gid)?;
+        Ok((Connected { path: if far { peer_state::LINK } else { 0 } }, vec![]))
+    }
+}
+
+/// The name of the other host that has `gid`, as the session's container sees it, if `qpn` may reach that.
+fn far_host(session: &Session, qpn: u32, gid: Gid) -> Option<Arc<str>> {
+    session.shared.links.get()?;
+    let (tenant, ip) =
+        session.shared.with(|state| state.elsewhere(session.owner, gid).filter(|_| state.can_be_far(qpn)))?;
+    let host = session.shared.cluster.get()?.hosts.find(&tenant, ip)?;
+    Some(host.name.clone())
+}
+
+/// Connects a queue pair that is linked to `gid` to another host, if that has it. True: it does.
+fn connect_far(session: &Session, qpn: u32, gid: Gid) -> Result<bool> {
+    let (Some(host), Some(links)) = (far_host(session, qpn, gid), session.shared.links.get()) else {
+        return Ok(false);
+    };
+    let qp = session.shared.with(|state| {
+        let qp = state.far_qp(qpn)?;
+        state.qps.get_mut(qpn).into_iter().for_each(|row| row.far = qp.kind != QpType::Ud);
+        Ok::<_, Refusal>(qp)
+    })?;
+    let connected = qp.kind != QpType::Ud;
+    if connected {
+        links.connect(qp, host);
+    }
+    Ok(connected)
+}
+
+impl Handle for OpenDoorbell {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        let (owner, links) = (session.owner, session.shared.links.get());
+        let links = links.ok_or(Refusal::Unsupported("link: this host is in no cluster"))?;
+        let (doorbell, home) = session.shared.with(|state| {
+            let doorbell = state.far_doorbell(owner, self.slab, self.off)?;
+            Ok::<_, Refusal>((doorbell, state.home_of(owner)?))
+        })?;
+        let bell = links.open_doorbell(owner.client, home, doorbell);
+        let bell = bell.map_err(Refusal::system("bell of the link"))?;
+        Ok((Done {}, vec![Arc::new(bell)]))
+    }
+}
+
+impl Handle for AttachLink {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        let (owner, links) = (session.owner, session.shared.links.get());
+        let links = links.ok_or(Refusal::Unsupported("link: this host is in no cluster"))?;
+        let AttachLink { qpn, slab, off, depth, stride, bit, send_bit } = self;
+        let ring = session.shared.with(|state| state.far_ring(owner, slab, off, depth, stride))?;
+        if links.attach(owner.client, qpn, ring, bit, send_bit) {
+            Ok((Done {}, vec![]))
+        } else {
+            Err(Refusal::Invalid("submissions of a queue pair that no link has, or without a doorbell"))
+        }
     }
 }
 
@@ -276,7 +334,14 @@ impl Handle for Disconnect {
 impl Handle for Resolve {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(PeerInfo, Fds)> {
         let (qpn, dest, gid) = (self.qpn, self.dest_qpn, Gid(self.dgid));
-        session.shared.with(|state| state.resolve(session.owner, qpn, dest, gid, self.srqn))
+        let (mut info, fds) =
+            session.shared.with(|state| state.resolve(session.owner, qpn, dest, gid, self.srqn))?;
+        if info.state == peer_state::ABSENT && far_host(session, qpn, gid).is_some() {
+            // One whose peer came to be known as far only now is connected there now.
+            connect_far(session, qpn, gid)?;
+            info.state = peer_state::LINK;
+        }
+        Ok((info, fds))
     }
 }
 

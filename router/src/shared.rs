@@ -18,6 +18,7 @@ use crate::cluster::{Claim, Home, Membership};
 use crate::cm;
 use crate::config::Settings;
 use crate::directory::Tenant;
+use crate::link::Links;
 use crate::proof::Proofs;
 use crate::random::Random;
 use crate::state::{Notice, Outbox, State};
@@ -42,6 +43,8 @@ pub struct Shared {
     pub cm: OnceLock<cm::Service>,
     /// This host's part in a cluster, once it has joined; never set where it is alone.
     pub cluster: OnceLock<Membership>,
+    /// The way to other hosts, where there are some.
+    pub links: OnceLock<Links>,
 }
 
 impl Shared {
@@ -60,6 +63,7 @@ impl Shared {
             settings,
             cm: OnceLock::new(),
             cluster: OnceLock::new(),
+            links: OnceLock::new(),
         })
     }
 
@@ -94,6 +98,9 @@ impl Shared {
         let result = work(&mut state);
         let outbox = deliver(&mut state);
         drop(state);
+        if let Some(links) = self.links.get() {
+            outbox.unlinked.iter().for_each(|(qpn, died)| links.disconnect(*qpn, *died));
+        }
         outbox.bells.iter().for_each(|bell| ring_bell(bell));
         outbox.lines.iter().for_each(|line| tracing::warn!("{line}"));
         result

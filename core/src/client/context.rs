@@ -15,6 +15,7 @@ use super::conn::{Conn, Opened};
 use super::events::{AsyncEvent, AsyncQueue};
 use super::fork;
 use super::helper::Helper;
+use super::link::Links;
 use super::peers::Peers;
 use super::qp::Qp;
 use super::slab::Slabs;
@@ -44,6 +45,7 @@ pub struct Context {
     pub(super) qps: Mutex<HashMap<u32, Weak<Qp>>>,
     pub(super) srqs: Mutex<HashMap<u32, Weak<Srq>>>,
     pub(super) stalled: Stalled,
+    pub(super) links: Links,
     pub(super) events: AsyncQueue,
     pub(super) helper: Helper,
 }
@@ -70,6 +72,7 @@ impl Context {
             qps: Mutex::default(),
             srqs: Mutex::default(),
             stalled: Stalled::default(),
+            links: Links::default(),
             events: AsyncQueue::new()?,
             helper: Helper::new(events)?,
         });

@@ -66,9 +66,9 @@ struct Feed {
 }
 
 impl Feed {
-    /// Are there sends on the way, which will complete without another mark?
+    /// Are there sends on the way, which will complete without another mark? What a router carries out it also marks.
     fn sends(&self) -> bool {
-        matches!(&self.polled, Polled::Qp(lanes) if self.send && lanes.send.outstanding())
+        matches!(&self.polled, Polled::Qp(lanes) if self.send && lanes.send.outstanding() && !lanes.is_link())
     }
 
     fn qp(&self) -> Option<Arc<Qp>> {

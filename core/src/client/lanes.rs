@@ -3,7 +3,7 @@
 //! A CQ holds no entries of its own. Polling walks the lanes of the QPs attached to it and builds completions from
 //! private memory (wr_id, lists) and, for receives, the few words a peer wrote. Order is kept per lane.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use arrayvec::ArrayVec;
 
@@ -13,6 +13,7 @@ use crate::shm::{LocalBytes, SharedBytes, View, copy_out, prefetch_for_write};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::verbs::{Access, QpState, QpType, SendOp, Sge, Wc, WcOpcode, WcStatus, limits, wc_flags};
 
+use super::link::LinkLane;
 use super::qp::Qp;
 use super::tickets::{Source, Tickets};
 
@@ -76,6 +77,8 @@ pub struct Lanes {
     pub deserted: AtomicBool,
     /// A message arrived in RTR and the program was told.
     established: AtomicBool,
+    /// Set once the peer turned out to be on another host.
+    pub link: OnceLock<Arc<LinkLane>>,
     pub qp: Weak<Qp>,
 }
 
@@ -216,7 +219,21 @@ impl Lanes {
         let state = AtomicU32::new(QpState::Reset as u32);
         let (deserted, established) = (AtomicBool::new(false), AtomicBool::new(false));
         let (qpn, changing) = (AtomicU32::new(0), Mutex::default());
-        Arc::new(Lanes { qpn, kind, shared, send, recv, tickets, state, changing, deserted, established, qp })
+        let link = OnceLock::new();
+        Arc::new(Lanes {
+            qpn,
+            kind,
+            shared,
+            send,
+            recv,
+            tickets,
+            state,
+            changing,
+            deserted,
+            established,
+            link,
+            qp,
+        })
     }
 
     pub fn qpn(&self) -> u32 {
@@ -251,9 +268,19 @@ impl Lanes {
         true
     }
 
+    /// Does the router carry the sends out?
+    pub fn is_link(&self) -> bool {
+        self.link.get().is_some_and(|link| link.is_active())
+    }
+
     /// CQ: takes send completions.
     pub fn poll_send(&self, out: &mut [Wc]) -> usize {
-        self.send.poll(self.qpn(), out)
+        let polled = self.send.poll(self.qpn(), out);
+        if polled == 0 && self.link.get().is_some_and(|link| link.is_news()) {
+            self.qp.upgrade().inspect(|qp| qp.poll_link());
+            return self.send.poll(self.qpn(), out);
+        }
+        polled
     }
 
     /// A sender died with receive `seq` in hand: the next one gets it.

@@ -113,10 +113,20 @@ impl Again {
             Again::Srq(request) => socket.call(request, &[]).map(drop),
             Again::Qp(request, connection) => {
                 socket.call(request, &[])?;
-                connection.map_or(Ok(()), |connect| socket.call(&connect, &[]).map(drop))
+                connection.map_or(Ok(()), |connect| connect_again(socket, &connect))
             }
         }
     }
+}
+
+/// What a link had under way went with the old router: such a queue pair fails, instead of going on with a gap.
+fn connect_again(socket: &Socket, connect: &Connect) -> Result<(), SocketError> {
+    let connected = socket.call(connect, &[])?.0;
+    if connected.path != peer_state::LINK {
+        return Ok(());
+    }
+    socket.call(&Disconnect { qpn: connect.qpn, error: 1 }, &[])?;
+    Err(SocketError::Refused(rustix::io::Errno::CONNRESET))
 }
 
 macro_rules! objects {
@@ -184,7 +194,7 @@ impl Record for LeaseMrs {
 }
 
 impl Record for Connect {
-    fn record(&self, _: &Done, _: &[BorrowedFd<'_>], _: &[OwnedFd], ledger: &mut Ledger) {
+    fn record(&self, _: &Connected, _: &[BorrowedFd<'_>], _: &[OwnedFd], ledger: &mut Ledger) {
         ledger.connection(self.qpn).into_iter().for_each(|connection| *connection = Some(*self));
     }
 }
@@ -213,6 +223,15 @@ impl Record for Ring {
 
 /// The request that needs the copy waits in its queue.
 impl Record for CopyMem {
+    const AWAY: Away = Away::Fail;
+}
+
+/// A link begins anew with a new router.
+impl Record for OpenDoorbell {
+    const AWAY: Away = Away::Fail;
+}
+
+impl Record for AttachLink {
     const AWAY: Away = Away::Fail;
 }
 

@@ -15,6 +15,7 @@ mod helper;
 mod keys;
 mod lanes;
 mod ledger;
+mod link;
 mod lock;
 pub mod mem;
 mod path;

@@ -24,6 +24,7 @@ pub enum BlockKind {
     Qp,
     Cq,
     Srq,
+    Link,
 }
 
 /// A piece of a slab.

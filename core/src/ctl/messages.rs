@@ -156,6 +156,8 @@ pub mod peer_state {
     pub const ABSENT: u32 = 0;
     /// It can receive; the other fields are valid.
     pub const READY: u32 = 1;
+    /// Its container is on another host: requests go to the router ([`super::AttachLink`]), whether the QP is there or not.
+    pub const LINK: u32 = 2;
 }
 
 /// [`PeerInfo::fds`]: which descriptors the reply carries, in this order. A descriptor is sent once per connection
@@ -202,6 +204,16 @@ body! {
     }
 }
 
+body! {
+    Connected {
+        /// `peer_state::LINK` if the peer is on another host, else 0.
+        path: u32,
+    }
+}
+
+/// Where a process's [`AttachLink`] goes that is of no QP but for all its datagrams to other hosts.
+pub const DATAGRAMS: u32 = 0;
+
 requests! {
     /// First on every connection. The reply decides version and identity.
     1 Hello [0] { min_version: u16, max_version: u16, purpose: u32, } -> HelloReply;
@@ -230,7 +242,7 @@ requests! {
     12 DestroyQp [0] { qpn: u32, } -> Done;
     /// RESET/INIT -> RTR of a connected QP: this QP now belongs to `dest_qpn` at `dgid` (which need not exist yet). For
     /// UD: it can receive from now on (`dest_qpn` and `dgid` are ignored).
-    13 Connect [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, } -> Done;
+    13 Connect [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, } -> Connected;
     /// The QP left RTR/RTS (RESET, ERR): peers that have it are told by [`PeerGone`] or [`PeerLeft`].
     14 Disconnect [0] { qpn: u32, error: u32, } -> Done;
     /// Where is the peer of `qpn`? For connected QPs `dest_qpn` and `dgid` must be those of Connect, and the peer must be
@@ -254,6 +266,12 @@ requests! {
     0x22 BringSlab [1] { len: u64, } -> Id;
     /// That was all. Who is connected to a process that does not come back hears of it ([`PeerGone`]).
     0x23 Resumed [0] {} -> Done;
+    /// The doorbell of this process's submissions (`ring::link`): a CQ header at `off` in `slab`. The reply carries the bell
+    /// that wakes the router: a pipe to open anew.
+    48 OpenDoorbell [0] { slab: u32, off: u32, } -> Done;
+    /// The submission ring of a QP, or of [`DATAGRAMS`]: at `off` in `slab` a header, behind it `depth` slots of `stride`
+    /// words. `bit` marks it in the doorbell's dirty map, `send_bit` the QP in that of its send CQ. The ring is empty now.
+    49 AttachLink [0] { qpn: u32, slab: u32, off: u32, depth: u32, stride: u32, bit: u32, send_bit: u32, } -> Done;
 }
 
 requests! {

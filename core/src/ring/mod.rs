@@ -5,6 +5,7 @@
 //! * [`cq`]: a CQ's arm word and dirty map. Peers mark and ring, the owner arms and scans.
 //! * [`qp`]: a QP's header: who may reach it, and the words its peer writes.
 //! * [`fifo`]: messages of a door's own to one peer.
+//! * [`link`]: requests on their way to the router, for peers on other hosts.
 //! * [`mr`]: the table of memory regions. The owner writes, peers read.
 //!
 //! Everything here is atomics at fixed offsets; a peer may write anything at any time, so each reader copies once and
@@ -12,6 +13,7 @@
 
 pub mod cq;
 pub mod fifo;
+pub mod link;
 pub mod mr;
 pub mod qp;
 pub mod rq;
@@ -24,6 +26,7 @@ mod loom_tests;
 
 pub use cq::{CqShared, Ring};
 pub use fifo::{Fifo, FifoReceiver, FifoSender, FifoShared, FifoSlot};
+pub use link::{LinkDone, LinkHeader, LinkWord, Submissions, Wqe};
 pub use mr::{Extent, MR_SLOTS, MrEntry, MrView};
 pub use qp::{InFlight, QpShared};
 pub use rq::{

@@ -35,6 +35,12 @@ unsafe impl Shared for crate::ring::FifoShared {}
 // SAFETY: only atomics and padding.
 
 unsafe impl Shared for crate::ring::FifoSlot {}
+// SAFETY: only atomics and padding.
+
+unsafe impl Shared for crate::ring::LinkHeader {}
+// SAFETY: one atomic.
+
+unsafe impl Shared for crate::ring::LinkWord {}
 
 /// A shared mapping; unmapped when dropped.
 #[derive(Debug)]

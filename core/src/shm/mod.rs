@@ -7,11 +7,13 @@ mod bell;
 mod copy;
 mod mapping;
 mod memfd;
+mod windows;
 
 pub use bell::{Bell, hush, make_bell};
 pub use copy::{LocalBytes, SharedBytes, atomic_word, copy_in, copy_out, prefetch_for_write};
 pub use mapping::{Mapping, Shared, View};
 pub use memfd::{is_sealed_memfd, make_memfd, make_owned_memfd, reopen_read_only, seal_for_owner};
+pub use windows::PdMemoryView;
 
 /// Size of a page.
 pub const PAGE: u64 = 4096;

@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use freeflow_core::ctl::RawGid;
 use freeflow_core::ctl::cm::*;
 use rustix::io::Errno;
 
+use super::far::{End, Word};
 use super::id::{Id, State};
 use super::manager::{Manager, Result};
 use super::{Answer, Home};
@@ -52,7 +54,14 @@ impl Manager {
         let data = padded(&request.data, if datagram { cm_data::SIDR_REQUEST } else { cm_data::REQUEST })?;
         self.has_room(self.owned(client, request.id)?.channel)?;
         let home = self.home(client)?;
-        match self.ask(request, data, home, &to) {
+        let asked = match self.directory.host(&to) {
+            Some(host) => {
+                self.ask_far(request, data, &home, &to, &host);
+                Ok(End::There { host, id: 0 })
+            }
+            None => self.ask(request, data, home, &to).map(End::Here),
+        };
+        match asked {
             Ok(peer) => {
                 if let Some(found) = self.id_mut(request.id) {
                     found.peer = Some(peer);
@@ -85,15 +94,32 @@ impl Manager {
         passive.local = local;
         passive.remote = remote;
         passive.to = Some(home);
-        passive.peer = Some(request.id);
+        passive.peer = Some(End::Here(request.id));
         let peer = self.add(passive).map_err(|_| cm_reason::CONSUMER_DEFINED)?;
+        self.announce(number, peer, gid, request.params, data);
+        Ok(peer)
+    }
+
+    /// A request that came from another host, at listener `number`.
+    pub(super) fn request(
+        &mut self,
+        number: u32,
+        passive: Id,
+        gid: RawGid,
+        params: CmParams,
+        data: CmData,
+    ) -> std::result::Result<(), u32> {
+        let peer = self.add(passive).map_err(|_| cm_reason::CONSUMER_DEFINED)?;
+        self.announce(number, peer, gid, params, data);
+        Ok(())
+    }
+
+    fn announce(&mut self, number: u32, peer: u32, gid: RawGid, params: CmParams, data: CmData) {
         if let Some(listener) = self.id_mut(number) {
             listener.waiting += 1;
         }
-        let params = mirrored(request.params);
-        let kind = cm_event::CONNECT_REQUEST;
+        let (kind, params) = (cm_event::CONNECT_REQUEST, mirrored(params));
         self.post(peer, CmNext { kind, listener: number, gid, params, data, ..Default::default() });
-        Ok(peer)
     }
 
     /// The active side's request failed. `reason` is one of the connected service's.
@@ -117,7 +143,7 @@ impl Manager {
 
     pub(super) fn accept(&mut self, client: u32, request: &CmAccept, now: Instant) -> Result<Answer> {
         let found = self.owned(client, request.id)?;
-        let (datagram, peer) = (found.is_datagram(), found.peer);
+        let (datagram, peer) = (found.is_datagram(), found.peer.clone());
         if found.state != State::ReqRcvd {
             return Err(Errno::INVAL);
         }
@@ -125,29 +151,38 @@ impl Manager {
         check(&request.params)?;
         let data = padded(&request.data, if datagram { cm_data::SIDR_REPLY } else { cm_data::REPLY })?;
         let gid = self.home(client)?.vip;
-        let (mine, theirs, until) = match datagram {
-            true => (State::Datagram, State::Datagram, None),
-            false => (State::RepSent, State::RepRcvd, Some(now + ANSWER_TIMEOUT)),
+        let (mine, until) = match datagram {
+            true => (State::Datagram, None),
+            false => (State::RepSent, Some(now + ANSWER_TIMEOUT)),
         };
         self.set(request.id, mine, until);
-        self.set(peer, theirs, None);
-        let kind = if datagram { cm_event::ESTABLISHED } else { cm_event::CONNECT_RESPONSE };
-        let params = mirrored(request.params);
-        self.post(peer, CmNext { kind, gid, params, data, ..Default::default() });
+        self.say(request.id, &peer, Word::Accepted { params: request.params, gid, data }, now);
         if datagram {
             self.part(request.id);
         }
         Ok(Answer::Done)
     }
 
-    pub(super) fn establish(&mut self, client: u32, id: u32) -> Result<Answer> {
+    /// The passive side accepted.
+    pub(super) fn accepted(&mut self, id: u32, params: CmParams, gid: RawGid, data: CmData) {
+        let Some(found) = self.id_mut(id) else { return };
+        let datagram = found.is_datagram();
+        if datagram && matches!(found.peer, Some(End::There { .. })) {
+            found.peer = None;
+        }
+        self.set(id, if datagram { State::Datagram } else { State::RepRcvd }, None);
+        let kind = if datagram { cm_event::ESTABLISHED } else { cm_event::CONNECT_RESPONSE };
+        self.post(id, CmNext { kind, gid, params: mirrored(params), data, ..Default::default() });
+    }
+
+    pub(super) fn establish(&mut self, client: u32, id: u32, now: Instant) -> Result<Answer> {
         let found = self.owned(client, id)?;
-        let peer = found.peer.ok_or(Errno::INVAL)?;
+        let peer = found.peer.clone().ok_or(Errno::INVAL)?;
         if found.state != State::RepRcvd {
             return Err(Errno::INVAL);
         }
         self.set(id, State::Established, None);
-        self.ready(peer);
+        self.say(id, &peer, Word::Ready, now);
         Ok(Answer::Done)
     }
 
@@ -161,16 +196,16 @@ impl Manager {
         Ok(Answer::Done)
     }
 
-    fn ready(&mut self, passive: u32) {
+    pub(super) fn ready(&mut self, passive: u32) {
         if self.id(passive).is_some_and(|found| found.state == State::RepSent) {
             self.set(passive, State::Established, None);
             self.post(passive, CmNext { kind: cm_event::ESTABLISHED, ..Default::default() });
         }
     }
 
-    pub(super) fn reject(&mut self, client: u32, request: &CmReject) -> Result<Answer> {
+    pub(super) fn reject(&mut self, client: u32, request: &CmReject, now: Instant) -> Result<Answer> {
         let found = self.owned(client, request.id)?;
-        let peer = found.peer.ok_or(Errno::INVAL)?;
+        let peer = found.peer.clone().ok_or(Errno::INVAL)?;
         if !matches!(found.state, State::ReqRcvd | State::RepSent | State::RepRcvd) {
             return Err(Errno::INVAL);
         }
@@ -183,7 +218,7 @@ impl Manager {
         let data = padded(&request.data, limit)?;
         self.part(request.id);
         self.set(request.id, State::Ended, None);
-        self.turned_down(peer, reason, data);
+        self.say(request.id, &peer, Word::TurnedDown { reason, data }, now);
         Ok(Answer::Done)
     }
 }

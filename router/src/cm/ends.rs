@@ -6,6 +6,7 @@ use freeflow_core::ctl::cm::*;
 use rustix::io::Errno;
 
 use super::Answer;
+use super::far::{End, Word};
 use super::id::State;
 use super::manager::{Manager, Result};
 
@@ -15,17 +16,17 @@ pub const DREQ_TIMEOUT: Duration = Duration::from_secs(10);
 pub const TIME_WAIT: Duration = Duration::from_secs(1);
 
 /// REJECTED's status when the other end did not wait any longer: IB_CM_REJ_TIMEOUT.
-const REJ_TIMEOUT: i32 = 4;
+pub const REJ_TIMEOUT: i32 = 4;
 
 impl Manager {
     pub(super) fn disconnect(&mut self, client: u32, id: u32, now: Instant) -> Result<Answer> {
         let found = self.owned(client, id)?;
-        let peer = found.peer;
+        let peer = found.peer.clone();
         match found.state {
             State::Established => {
                 self.set(id, State::DreqSent, Some(now + DREQ_TIMEOUT));
-                match peer.filter(|peer| self.id(*peer).is_some()) {
-                    Some(peer) => self.hung_up(peer),
+                match peer.filter(|peer| self.is_there(peer)) {
+                    Some(peer) => self.say(id, &peer, Word::HungUp, now),
                     None => self.closed(id, 0, now),
                 }
             }
@@ -37,13 +38,13 @@ impl Manager {
     }
 
     /// The other side has hung up: its DREQ came.
-    fn hung_up(&mut self, id: u32) {
+    pub(super) fn hung_up(&mut self, id: u32) {
         self.set(id, State::DreqRcvd, None);
         self.post(id, CmNext { kind: cm_event::DISCONNECTED, ..Default::default() });
     }
 
     /// Both sides know: the one that began hears of it.
-    fn closed(&mut self, id: u32, status: i32, now: Instant) {
+    pub(super) fn closed(&mut self, id: u32, status: i32, now: Instant) {
         self.part(id);
         self.set(id, State::TimeWait, Some(now + TIME_WAIT));
         self.post(id, CmNext { kind: cm_event::DISCONNECTED, status, ..Default::default() });
@@ -52,17 +53,24 @@ impl Manager {
     fn answer_disconnect(&mut self, id: u32, now: Instant) {
         let peer = self.part(id);
         self.set(id, State::TimeWait, Some(now + TIME_WAIT));
-        if let Some(peer) = peer
-            && self.id(peer).is_some_and(|found| found.state == State::DreqSent)
-        {
-            self.closed(peer, 0, now);
+        if let Some(peer) = peer {
+            self.say(id, &peer, Word::Closed, now);
+        }
+    }
+
+    fn is_there(&self, end: &End) -> bool {
+        match end {
+            End::Here(id) => self.id(*id).is_some(),
+            End::There { .. } => true,
         }
     }
 
     /// Cuts the two ends apart; says who the other one was.
-    pub(super) fn part(&mut self, id: u32) -> Option<u32> {
+    pub(super) fn part(&mut self, id: u32) -> Option<End> {
         let peer = self.id_mut(id)?.peer.take()?;
-        if let Some(found) = self.id_mut(peer) {
+        if let End::Here(peer) = peer
+            && let Some(found) = self.id_mut(peer)
+        {
             found.peer = None;
         }
         Some(peer)
@@ -75,17 +83,18 @@ impl Manager {
             State::DreqRcvd => self.answer_disconnect(id, now),
             State::ReqSent => {
                 if let Some(peer) = self.part(id) {
-                    self.refused(peer, REJ_TIMEOUT);
+                    self.say(id, &peer, Word::Refused { status: REJ_TIMEOUT }, now);
                 }
             }
             State::ReqRcvd | State::RepSent | State::RepRcvd => {
                 if let Some(peer) = self.part(id) {
-                    self.turned_down(peer, cm_reason::CONSUMER_DEFINED, CmData::default());
+                    let (reason, data) = (cm_reason::CONSUMER_DEFINED, CmData::default());
+                    self.say(id, &peer, Word::TurnedDown { reason, data }, now);
                 }
             }
             State::Established => {
                 if let Some(peer) = self.part(id) {
-                    self.hung_up(peer);
+                    self.say(id, &peer, Word::HungUp, now);
                 }
             }
             _ => {
@@ -95,7 +104,8 @@ impl Manager {
     }
 
     /// A passive end whose asker is gone.
-    fn refused(&mut self, id: u32, status: i32) {
+    pub(super) fn refused(&mut self, id: u32, status: i32) {
+        self.id_mut(id).into_iter().for_each(|found| found.peer = None);
         self.set(id, State::Ended, None);
         self.post(id, CmNext { kind: cm_event::REJECTED, status, ..Default::default() });
     }
@@ -110,7 +120,7 @@ impl Manager {
                 self.set(id, State::Ended, None);
                 self.post(id, CmNext { kind: cm_event::UNREACHABLE, status, ..Default::default() });
                 if let Some(peer) = peer {
-                    self.refused(peer, REJ_TIMEOUT);
+                    self.say(id, &peer, Word::Refused { status: REJ_TIMEOUT }, now);
                 }
             }
             State::DreqSent => self.closed(id, status, now),

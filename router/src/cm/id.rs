@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::far::End;
 use freeflow_core::ctl::cm::{CmAddr, cm_family, cm_flags, cm_space};
 
 use super::Home;
@@ -57,7 +58,7 @@ pub struct Id {
     /// Active: the container `remote` leads to. Passive: where the request came from.
     pub to: Option<Home>,
     /// The id at the other end.
-    pub peer: Option<u32>,
+    pub peer: Option<End>,
     /// Holds a port in its port space (passive ids share their listener's).
     pub holds_port: bool,
     /// Listener: requests that may wait, and do wait, unfetched.

@@ -44,7 +44,7 @@ pub struct Manager {
     ids: HashMap<u32, Id>,
     timers: BTreeSet<(Instant, u32)>,
     last_number: u32,
-    output: Output,
+    pub(super) output: Output,
 }
 
 impl std::fmt::Debug for Manager {
@@ -81,6 +81,8 @@ impl Manager {
                 self.output.answer = Some(answer);
             }
             Input::Tick => self.tick(now),
+            Input::Far { host, bytes } => self.far(&host, &bytes, now),
+            Input::HostGone { host } => self.host_gone(&host),
         }
         std::mem::take(&mut self.output)
     }
@@ -114,8 +116,8 @@ impl Manager {
             Call::ResolveRoute(r) => self.resolve_route(client, r.id),
             Call::Connect(r) => self.connect(client, r, now),
             Call::Accept(r) => self.accept(client, r, now),
-            Call::Establish(r) => self.establish(client, r.id),
-            Call::Reject(r) => self.reject(client, r),
+            Call::Establish(r) => self.establish(client, r.id, now),
+            Call::Reject(r) => self.reject(client, r, now),
             Call::Disconnect(r) => self.disconnect(client, r.id, now),
             Call::Notify(r) => self.notify(client, r.id),
             Call::NextEvent(r) => self.next_event(client, r.channel),
@@ -246,6 +248,10 @@ impl Manager {
 
     pub(super) fn id_mut(&mut self, id: u32) -> Option<&mut Id> {
         self.ids.get_mut(&id)
+    }
+
+    pub(super) fn ids_with(&self, fits: impl Fn(&Id) -> bool) -> Vec<u32> {
+        self.ids.iter().filter(|(_, id)| fits(id)).map(|(number, _)| *number).collect()
     }
 
     pub(super) fn home(&self, client: u32) -> Result<Home> {

@@ -8,6 +8,7 @@ mod address;
 mod call;
 mod connect;
 mod ends;
+mod far;
 mod id;
 mod manager;
 mod ports;
@@ -22,6 +23,7 @@ use freeflow_core::ctl::cm::{CmAddr, CmDropped, CmNext};
 use rustix::io::Errno;
 
 pub use call::Call;
+pub use far::{FarOutput, HostName};
 pub use manager::Manager;
 pub use service::Service;
 
@@ -36,6 +38,11 @@ pub struct Home {
 pub trait Directory: Send {
     /// The container that `addr` leads to when a program in `from` names it.
     fn locate(&self, from: &Home, addr: &RawGid) -> Option<Home>;
+
+    /// The other host that has a container.
+    fn host(&self, _: &Home) -> Option<HostName> {
+        None
+    }
 }
 
 /// What can happen to the manager.
@@ -50,6 +57,10 @@ pub enum Input {
     Call { client: u32, call: Call },
     /// [`Manager::deadline`] has passed.
     Tick,
+    /// Another host's manager says something.
+    Far { host: HostName, bytes: Vec<u8> },
+    /// It is gone: it has forgotten everything.
+    HostGone { host: HostName },
 }
 
 /// What a call is answered with.
@@ -79,4 +90,6 @@ pub struct Output {
     pub tickets: Vec<u32>,
     /// Channels that are gone.
     pub closed: Vec<u32>,
+    /// To other hosts' managers.
+    pub far: Vec<FarOutput>,
 }

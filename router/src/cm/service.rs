@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::SendFlags;
 use zerocopy::IntoBytes;
 
-use super::{Answer, Call, Directory, Home, Input, Manager, Output};
+use super::{Answer, Call, Directory, FarOutput, Home, HostName, Input, Manager, Output};
 
 /// The router's end of a channel.
 #[derive(Debug)]
@@ -32,11 +32,20 @@ impl Channel {
     }
 }
 
-#[derive(Debug)]
 struct Inner {
     manager: Manager,
     channels: HashMap<u32, Channel>,
     ended: bool,
+    post: Post,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner")
+            .field("manager", &self.manager)
+            .field("channels", &self.channels.len())
+            .finish()
+    }
 }
 
 #[derive(Debug)]
@@ -67,6 +76,9 @@ impl Shared {
 #[derive(Debug)]
 pub struct Service(Arc<Shared>);
 
+/// How messages get to other hosts' managers. It must not wait.
+pub type Post = Box<dyn Fn(&FarOutput) + Send>;
+
 impl Drop for Service {
     fn drop(&mut self) {
         self.0.lock().ended = true;
@@ -76,9 +88,9 @@ impl Drop for Service {
 
 impl Service {
     /// Starts the service and the thread that keeps its time. `seed` decides which free ports come first.
-    pub fn start(directory: Box<dyn Directory>, seed: u16) -> std::io::Result<Self> {
+    pub fn start(directory: Box<dyn Directory>, seed: u16, post: Post) -> std::io::Result<Self> {
         let manager = Manager::new(directory, seed);
-        let inner = Mutex::new(Inner { manager, channels: HashMap::new(), ended: false });
+        let inner = Mutex::new(Inner { manager, channels: HashMap::new(), ended: false, post });
         let shared = Arc::new(Shared { inner, timer: Condvar::new() });
         let service = Service(Arc::clone(&shared));
         std::thread::Builder::new().name("cm-timer".into()).spawn(move || keep_time(&shared))?;
@@ -93,6 +105,16 @@ impl Service {
     /// It is gone.
     pub fn leave(&self, client: u32) {
         self.0.run(|inner| inner.process(Input::Leave { client }));
+    }
+
+    /// Another host's manager says something.
+    pub fn far(&self, host: HostName, bytes: Vec<u8>) {
+        self.0.run(|inner| inner.process(Input::Far { host, bytes }));
+    }
+
+    /// Another host's manager is gone.
+    pub fn host_gone(&self, host: HostName) {
+        self.0.run(|inner| inner.process(Input::HostGone { host }));
     }
 
     /// Ports of a container that have a listener, for `container ls`.
@@ -143,6 +165,7 @@ impl Inner {
         for channel in &output.closed {
             self.channels.remove(channel);
         }
+        output.far.iter().for_each(|message| (self.post)(message));
         output
     }
 

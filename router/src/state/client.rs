@@ -17,7 +17,7 @@ use crate::limiter::Limiter;
 #[derive(Debug)]
 pub struct MrTable {
     pub read_only: Arc<OwnedFd>,
-    pub map: Mapping,
+    pub map: Arc<Mapping>,
 }
 
 impl MrTable {
@@ -28,7 +28,7 @@ impl MrTable {
         let fd = shm::make_owned_memfd("freeflow-mr", len as u64)?;
         let read_only = shm::reopen_read_only(&fd)?;
         let map = Mapping::new(&read_only, 0, len, false)?;
-        Ok((MrTable { read_only: Arc::new(read_only), map }, fd))
+        Ok((MrTable { read_only: Arc::new(read_only), map: Arc::new(map) }, fd))
     }
 
     /// The table that an earlier router made.
@@ -39,7 +39,7 @@ impl MrTable {
         }
         let read_only = shm::reopen_read_only(fd)?;
         let map = Mapping::new(&read_only, 0, len, false)?;
-        Ok(MrTable { read_only: Arc::new(read_only), map })
+        Ok(MrTable { read_only: Arc::new(read_only), map: Arc::new(map) })
     }
 }
 

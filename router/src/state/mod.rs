@@ -7,6 +7,7 @@ mod client;
 mod container;
 mod copies;
 mod death;
+mod far;
 mod mr;
 mod objects;
 mod peers;
@@ -29,6 +30,7 @@ use freeflow_core::verbs::Gid;
 pub use client::{Client, Given, MrTable};
 pub use container::{Container, Counters, sorted};
 pub use copies::CopyPlan;
+pub use far::{FarQp, FarRing, FarSrq};
 pub use mr::{Mr, Mrs};
 pub use objects::{Channel, Cq, Pd, Slab};
 pub use qp::{Link, NewQp, Qp};
@@ -63,6 +65,8 @@ pub enum Notice {
 pub struct Outbox {
     /// For whom, and what; sent under the lock (in order), without waiting.
     pub notices: Vec<(u32, Notice)>,
+    /// Queue pairs that are connected no more, and whether that is because their process died: a link may use them.
+    pub unlinked: Vec<(u32, bool)>,
     /// Bells to ring after the lock is gone.
     pub bells: Vec<Arc<OwnedFd>>,
     /// Lines for the operator; writing them may block, so that is done without the lock, too.

@@ -15,7 +15,7 @@ use crate::refusal::{Refusal, Result};
 #[derive(Debug)]
 pub struct Slab {
     pub fd: Arc<OwnedFd>,
-    pub map: Mapping,
+    pub map: Arc<Mapping>,
 }
 
 /// A protection domain; its memory is the client's and never mapped here.

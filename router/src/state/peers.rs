@@ -198,7 +198,10 @@ impl State {
         let peer = self.connected_peer(qpn).filter(|peer| *peer != qpn);
         self.awaiting.remove(&qpn);
         let Some(qp) = self.qps.get_mut(qpn) else { return };
-        qp.link = Link::None;
+        qp.far = false;
+        if std::mem::replace(&mut qp.link, Link::None) != Link::None {
+            self.outbox.unlinked.push((qpn, matches!(notice(qpn), Notice::PeerGone { .. })));
+        }
         let mut resolvers = std::mem::take(&mut qp.resolvers);
         resolvers.extend(peer);
         resolvers.remove(&qpn);

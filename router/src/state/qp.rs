@@ -41,6 +41,8 @@ pub struct Qp {
     /// XRC's domain; 0 for other types.
     pub xrcd: u32,
     pub link: Link,
+    /// Its peer is on another host.
+    pub far: bool,
     /// Queue pairs that were told where this one is.
     pub resolvers: HashSet<u32>,
     /// Queue pairs this one was told of.
@@ -99,6 +101,7 @@ impl State {
                 srq,
                 xrcd,
                 link,
+                far: false,
                 resolvers,
                 resolved,
                 claimants,

@@ -79,7 +79,7 @@ impl World {
         self.state.reserve_slab(owner, SLAB).expect("quota");
         let fd = make_memfd("test", SLAB).expect("memfd");
         let map = Mapping::new(&fd, 0, SLAB as usize, true).expect("mmap");
-        self.state.insert_slab(owner, Slab { fd: Arc::new(fd), map }).expect("a new id")
+        self.state.insert_slab(owner, Slab { fd: Arc::new(fd), map: Arc::new(map) }).expect("a new id")
     }
 
     /// Arguments for a queue pair with everything it needs, in a slab of its own.

@@ -385,7 +385,7 @@ impl Neighbour {
         let _ = match self.dice.roll(8) {
             0 => self.ask(&freeflow_core::ctl::Ring { qpn, dest_qpn, dgid, what: ring::FAULT }),
             1 => self.ask(&Disconnect { qpn, error: 1 }),
-            2 => self.ask(&Connect { qpn, dest_qpn, dgid }),
+            2 => self.ask(&Connect { qpn, dest_qpn, dgid }).map(|_| Done {}),
             3 => self.ask(&DestroyQp { qpn: dest_qpn }),
             even => self.ask(&freeflow_core::ctl::Ring { qpn, dest_qpn, dgid, what: even as u32 & 1 }),
         };

@@ -2,6 +2,7 @@
 //!
 //! Lock order: a QP's attributes, then a CQ's lock, then a QP's send lock. The list of stalled queues is never taken with either held.
 
+mod link;
 mod modify;
 mod queue;
 mod recv;
@@ -11,6 +12,7 @@ mod send;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+pub(super) use send::Patience;
 pub use send::SendWr;
 
 use crate::ctl::{CreateQp, DestroyQp};
@@ -410,7 +412,11 @@ impl Qp {
         let mut side = self.send.lock();
         self.give_up(&mut side);
         side.reset();
+        let link = side.link.take();
         drop(side);
+        if let Some(link) = link {
+            link.free(context);
+        }
         context.events.withdraw(self.cookie);
         context.slabs.free(self.block.clone());
     }

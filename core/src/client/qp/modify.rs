@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use crate::ctl::{Connect, Disconnect};
+use crate::ctl::{Connect, Disconnect, peer_state};
 use crate::error::{Error, Result};
 use crate::sync::Ordering;
 use crate::verbs::{QpAttr, QpAttrMask as Mask, QpState, QpType, limits, transition};
@@ -105,7 +105,10 @@ impl Qp {
         if told.is_err() {
             self.lanes.change_state(QpState::Init, |now| now == QpState::Rtr);
         }
-        told.map(|_| ())
+        if told?.path == peer_state::LINK {
+            self.attach_link(&mut self.send.lock())?;
+        }
+        Ok(())
     }
 
     fn to_error(self: &Arc<Self>, from: QpState) {

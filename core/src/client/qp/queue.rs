@@ -88,10 +88,15 @@ impl Queue {
 
     /// The request to run next.
     pub fn head(&self) -> Option<SendWr<'_>> {
-        if self.is_idle() {
+        self.at(self.next)
+    }
+
+    /// Request `seq`, if it was posted; the caller knows that it is not finished.
+    pub fn at(&self, seq: u32) -> Option<SendWr<'_>> {
+        if seq == self.posted {
             return None;
         }
-        let at = self.index(self.next);
+        let at = self.index(seq);
         let wqe = &self.wqes[at];
         let sges = &self.sges[at * self.max_sge..][..wqe.sges];
         let Wqe { wr_id, op, flags, imm, target, srqn, .. } = *wqe;

@@ -1,6 +1,6 @@
 //! How a send queue reaches its peers: one for a connected QP, many for UD.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::ctl::{Resolve, peer_state};
 use crate::exec::{Target, UdDest};
@@ -20,6 +20,10 @@ pub struct Route {
     srqn: u32,
     queues: HashMap<u32, DirectPath>,
     datagrams: HashMap<(Gid, u32), DirectPath>,
+    /// The connected peer turned out to be on another host after the QP was connected.
+    pub far_peer: bool,
+    /// Destinations of datagrams that are on other hosts.
+    far: HashSet<(Gid, u32)>,
 }
 
 impl Route {
@@ -28,6 +32,8 @@ impl Route {
         self.connected = None;
         self.queues.clear();
         self.datagrams.clear();
+        self.far.clear();
+        self.far_peer = false;
     }
 
     /// XRC: the requests that follow are for the shared receive queue `srqn`.
@@ -66,12 +72,20 @@ impl Route {
 
     fn knows_datagram(&mut self, dest: &UdDest) -> bool {
         let key = (dest.dgid, dest.qpn);
+        if self.is_far(dest) {
+            return true;
+        }
         let alive = |path: &DirectPath| path.peer.qp[0].qpn.load(Ordering::Relaxed) == dest.qpn;
         let known = self.datagrams.get(&key).is_some_and(alive);
         if !known {
             self.datagrams.remove(&key);
         }
         known
+    }
+
+    /// Does the router carry datagrams to `dest` to another host?
+    pub fn is_far(&self, dest: &UdDest) -> bool {
+        !self.far.is_empty() && self.far.contains(&(dest.dgid, dest.qpn))
     }
 
     /// Asks the router.
@@ -83,6 +97,14 @@ impl Route {
         let Some((dgid, dest_qpn)) = dest else { return };
         let request = Resolve { qpn, dest_qpn, dgid: dgid.0, srqn: self.srqn, _pad: 0 };
         let Ok((info, fds)) = context.conn.call(&request, &[]) else { return };
+        if info.state == peer_state::LINK {
+            if !matches!(target, Target::Datagram(_)) {
+                self.far_peer = true;
+            } else if context.links.open_datagrams(context).is_ok() {
+                self.far.insert((dgid, dest_qpn));
+            }
+            return;
+        }
         if info.state != peer_state::READY {
             return;
         }

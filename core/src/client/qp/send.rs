@@ -17,6 +17,7 @@ use crate::verbs::{
 };
 
 use super::super::events::{AsyncEvent, AsyncKind};
+use super::super::link::LinkQueue;
 use super::super::lock::Guard;
 use super::super::stall::Stall;
 use super::Qp;
@@ -41,20 +42,22 @@ pub struct SendSide {
     pub queue: Queue,
     pub route: Route,
     progress: Progress,
-    stall: Stall,
+    pub(super) stall: Stall,
     /// On the context's list of stalled queues.
     listed: bool,
-    patience: Patience,
+    pub(super) patience: Patience,
     /// The program waits for IBV_EVENT_SQ_DRAINED.
     pub tell_drained: bool,
+    /// Where requests go whose peer is on another host.
+    pub link: Option<Box<LinkQueue>>,
 }
 
 /// How long a request may wait: attributes of the QP, here because modify holds theirs while it takes the send lock.
 #[derive(Debug, Clone, Copy, Default)]
-struct Patience {
-    timeout: u8,
-    retry_cnt: u8,
-    rnr_retry: u8,
+pub struct Patience {
+    pub timeout: u8,
+    pub retry_cnt: u8,
+    pub rnr_retry: u8,
 }
 
 impl SendSide {
@@ -67,7 +70,14 @@ impl SendSide {
             listed: false,
             patience: Patience::default(),
             tell_drained: false,
+            link: None,
         }
+    }
+
+    /// Do requests go to the router?
+    #[inline]
+    pub fn is_link(&self) -> bool {
+        self.link.as_ref().is_some_and(|link| link.lane.is_active())
     }
 
     pub fn set_patience(&mut self, attr: &QpAttr) {
@@ -81,6 +91,7 @@ impl SendSide {
         self.progress = Progress::default();
         self.stall = Stall::None;
         self.tell_drained = false;
+        self.link.iter_mut().for_each(|link| link.reset());
     }
 }
 
@@ -124,7 +135,7 @@ impl Qp {
         }
         self.lanes.send.begin(side.queue.posted.wrapping_add(1));
         self.send_cq.sending(self.send_bit);
-        if side.queue.is_idle() && state == QpState::Rts {
+        if side.queue.is_idle() && state == QpState::Rts && !side.is_link() {
             self.post_idle(&mut side, wr);
         } else {
             side.queue.push(wr);
@@ -193,7 +204,9 @@ impl Qp {
         if !route.knows(&request.target) {
             self.look_for_peer(route, &request.target);
         }
-        let Some(path) = route.find(&request.target) else { return self.run_nowhere(request, progress) };
+        let Some(path) = route.find(&request.target) else {
+            return self.run_elsewhere(route, request, progress);
+        };
         let context = self.context();
         let local = LocalTable::new(&context.mrs, self.pd.id);
         let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
@@ -227,10 +240,15 @@ impl Qp {
         }
     }
 
-    /// The same while the peer is not there.
+    /// The same while the peer is not there, or for a datagram to another host.
     #[cold]
-    fn run_nowhere(&self, request: &Request<'_>, progress: &mut Progress) -> Outcome {
+    fn run_elsewhere(&self, route: &Route, request: &Request<'_>, progress: &mut Progress) -> Outcome {
         let context = self.context();
+        if let Target::Datagram(dest) = &request.target
+            && route.is_far(dest)
+        {
+            return context.links.datagram(context, self.qpn(), self.pd.id, dest, request);
+        }
         let local = LocalTable::new(&context.mrs, self.pd.id);
         let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
         let env = Env { local, peer: None, memory: &mut Nowhere, qpn, client, gid, budget: 0 };
@@ -256,6 +274,13 @@ impl Qp {
     }
 
     fn run_queue(self: &Arc<Self>, side: &mut SendSide, sleeping: bool) {
+        if std::mem::take(&mut side.route.far_peer) && !side.is_link() {
+            // Refused: the router is gone, and the request waits as for a peer that is not there.
+            let _ = self.attach_link(side);
+        }
+        if side.is_link() {
+            return self.run_link(side);
+        }
         loop {
             let SendSide { queue, route, progress, .. } = side;
             let Some(SendWr { wr_id, request }) = queue.head() else { break };
@@ -355,7 +380,7 @@ impl Qp {
 
     /// The head of the queue ended.
     #[inline]
-    fn finish(
+    pub(super) fn finish(
         &self,
         side: &mut SendSide,
         wr_id: u64,
@@ -380,7 +405,8 @@ impl Qp {
             QpShared::count(&counters.errors, 1);
             self.send_failed(side);
         }
-        if wanted {
+        // Who sleeps was woken by the router for what it carried out.
+        if wanted && !(ok && side.is_link()) {
             self.send_cq.sent(!ok);
         }
     }

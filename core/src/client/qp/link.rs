@@ -1,0 +1,89 @@
+//! The send queue of a QP whose peer is on another host: requests go to the router, results come from it.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::exec::LocalTable;
+use crate::verbs::{QpState, SendFlags, WcStatus};
+
+use super::super::events::{AsyncEvent, AsyncKind};
+use super::super::link::LinkQueue;
+use super::super::stall::Stall;
+use super::Qp;
+use super::send::{SendSide, SendWr};
+
+impl Qp {
+    /// The router says that the peer is on another host: from now on requests go to it.
+    pub(super) fn attach_link(&self, side: &mut SendSide) -> Result<()> {
+        let context = self.context();
+        if side.link.is_none() {
+            let depth = self.caps.max_send_wr.max(1).next_power_of_two();
+            let (sges, inline) = (self.caps.max_send_sge as usize, self.caps.max_inline_data as usize);
+            let made = LinkQueue::new(context, depth, sges, inline)?;
+            self.lanes.link.get_or_init(|| Arc::clone(&made.lane));
+            side.link = Some(Box::new(made));
+        }
+        let link = side.link.as_mut().map(|link| link.attach(context, self.qpn(), self.send_bit));
+        link.unwrap_or(Ok(()))
+    }
+
+    /// Hands over what is new, takes what is done.
+    pub(super) fn run_link(&self, side: &mut SendSide) {
+        if self.state() == QpState::Rts {
+            self.forward(side);
+        }
+        self.take_results(side);
+        // The program waits for the queue to drain and may not poll meanwhile.
+        side.stall = if side.tell_drained { Stall::More } else { Stall::None };
+    }
+
+    fn forward(&self, side: &mut SendSide) {
+        let patience = side.patience;
+        let SendSide { queue, link: Some(link), .. } = side else { return };
+        let table = LocalTable::new(&self.context().mrs, self.pd.id);
+        let before = link.submitted;
+        while let Some(SendWr { request, .. }) = queue.at(link.submitted) {
+            let quiet = !self.sq_sig_all && !request.flags.contains(SendFlags::SIGNALED);
+            link.write(&table, &request, patience, quiet);
+        }
+        if link.submitted != before {
+            link.publish();
+        }
+    }
+
+    /// CQ: the router got further. Takes no other lock than the send queue's.
+    pub(crate) fn poll_link(&self) {
+        let mut side = self.send.lock();
+        self.take_results(&mut side);
+    }
+
+    fn take_results(&self, side: &mut SendSide) {
+        let before = side.queue.next;
+        if let Some(done) = side.link.as_ref().and_then(|link| link.take()) {
+            while side.queue.next != done.count && self.end_head(side, WcStatus::Success) {}
+            if let Ok(status @ 1..) = WcStatus::try_from(done.status).map(|s| s as u32) {
+                self.end_head(side, WcStatus::try_from(status).unwrap_or(WcStatus::GeneralErr));
+            }
+        }
+        if matches!(self.state(), QpState::Err | QpState::Sqe) {
+            while self.end_head(side, WcStatus::WrFlushErr) {}
+        }
+        if side.queue.next != before {
+            self.send_cq.sending(self.send_bit); // whoever took them, the CQ finds them
+        }
+        if side.tell_drained && side.queue.is_idle() && self.state() == QpState::Sqd {
+            side.tell_drained = false;
+            self.context().events.push(AsyncEvent { kind: AsyncKind::SqDrained, cookie: self.cookie });
+        }
+    }
+
+    /// The oldest request ended. False: there is none.
+    fn end_head(&self, side: &mut SendSide, status: WcStatus) -> bool {
+        let Some(SendWr { wr_id, request }) = side.queue.head() else { return false };
+        let (op, flags) = (request.op, request.flags);
+        let total: u64 = request.sges.iter().map(|sge| u64::from(sge.length)).sum();
+        let byte_len = if status == WcStatus::Success { total as u32 } else { 0 };
+        self.finish(side, wr_id, op, flags, status, byte_len);
+        true
+    }
+}

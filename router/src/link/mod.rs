@@ -1,0 +1,22 @@
+//! Links: how queue pairs of this host reach those of other hosts.
+//!
+//! Built is `tcp`: a few connections per pair of hosts, on which the messages of `wire` travel, over the streams of
+//! [`crate::cluster`]. docs/link.md says how it works and what another link must do. From the outside a link is [`Links`].
+
+mod conn;
+mod endpoint;
+mod engine;
+mod hosts;
+mod inbound;
+pub mod memory;
+mod outbound;
+mod priority;
+mod remote;
+mod requester;
+mod responder;
+#[cfg(test)]
+mod tests;
+mod thread;
+pub mod wire;
+
+pub use thread::Links;

@@ -1,0 +1,225 @@
+//! The threads of the link: one that does the work, one that listens, and one for as long as a host is dialed.
+
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use freeflow_core::ring::CqShared;
+use freeflow_core::shm::{View, make_bell};
+use freeflow_core::verbs::Gid;
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+
+use super::engine::{Engine, Token};
+use super::priority;
+use super::remote::CHANNELS;
+use crate::directory::Tenant;
+use crate::listener::{Stop, accept_loop};
+use crate::shared::Shared;
+use crate::state::{FarQp, FarRing};
+
+/// How long a host may take to answer a connection.
+const DIAL: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+struct Inner {
+    engine: Mutex<Engine>,
+    epoll: Arc<OwnedFd>,
+    wake: OwnedFd,
+    ended: AtomicBool,
+    shared: Weak<Shared>,
+}
+
+/// The link of this host to all others.
+#[derive(Debug)]
+pub struct Links {
+    inner: Arc<Inner>,
+    stop: Arc<Stop>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, Engine> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // Its counter cannot overflow, and if it were full it would wake.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Changes something from another thread, and has the worker look at what follows from it.
+    fn change<T>(&self, work: impl FnOnce(&mut Engine) -> T) -> T {
+        let result = work(&mut self.lock());
+        self.wake();
+        result
+    }
+}
+
+impl Links {
+    /// Listens at `listen` for other routers, and starts to work.
+    pub fn start(shared: &Arc<Shared>, listen: std::net::SocketAddr) -> std::io::Result<Self> {
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        epoll::add(&*epoll, &wake, Token::Wake.data(), epoll::EventFlags::IN)?;
+        let engine = Engine::new(Arc::downgrade(shared), epoll.clone(), shared.boot);
+        let inner = Arc::new(Inner {
+            engine: Mutex::new(engine),
+            epoll,
+            wake,
+            ended: AtomicBool::new(false),
+            shared: Arc::downgrade(shared),
+        });
+        let listener = TcpListener::bind(listen)?;
+        listener.set_nonblocking(true)?;
+        let stop = Arc::new(Stop::new()?);
+        let (worker, taker, stopped) = (inner.clone(), inner.clone(), stop.clone());
+        let work = std::thread::Builder::new().name("link".into()).spawn(move || run(&worker))?;
+        let take = std::thread::Builder::new().name("link-listen".into()).spawn(move || {
+            accept_loop(&listener.into(), &stopped, |fd| welcome(&taker, fd));
+        })?;
+        Ok(Links { inner, stop, threads: vec![work, take] })
+    }
+
+    /// A queue pair is connected to one on `host`.
+    pub fn connect(&self, qp: FarQp, host: Arc<str>) {
+        self.inner.change(|engine| engine.connect(qp, host));
+    }
+
+    /// It is not any more; when this returns the link uses nothing of it.
+    pub fn disconnect(&self, qpn: u32, died: bool) {
+        self.inner.change(|engine| engine.disconnect(qpn, died));
+    }
+
+    /// A process will submit requests. Returns what wakes us for it.
+    pub fn open_doorbell(
+        &self,
+        client: u32,
+        home: (Tenant, Gid),
+        doorbell: View<CqShared>,
+    ) -> rustix::io::Result<OwnedFd> {
+        let (heard, given) = make_bell()?;
+        self.inner.change(|engine| engine.open_doorbell(client, home, doorbell, heard))?;
+        Ok(given)
+    }
+
+    pub fn attach(&self, client: u32, qpn: u32, ring: FarRing, bit: u32, send_bit: u32) -> bool {
+        self.inner.change(|engine| engine.attach(client, qpn, ring, bit, send_bit))
+    }
+
+    /// A client is gone.
+    pub fn leave(&self, client: u32) {
+        self.inner.change(|engine| engine.leave(client));
+    }
+
+    /// A connection manager's message for another host's.
+    pub fn send_cm(&self, host: &Arc<str>, bytes: &[u8]) {
+        self.inner.change(|engine| engine.send_cm(host, bytes));
+    }
+
+    /// A container is on another host than before.
+    pub fn moved(&self, tenant: &str, gid: Gid, to: &str) {
+        self.inner.change(|engine| engine.moved(tenant, gid, to));
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        self.inner.ended.store(true, Ordering::Release);
+        self.stop.set();
+        self.inner.wake();
+        for thread in self.threads.drain(..) {
+            // A panic in it was printed where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Another router connected: its handshake has a thread of its own.
+fn welcome(inner: &Arc<Inner>, fd: OwnedFd) {
+    let inner = inner.clone();
+    let meet = move || {
+        let Some(shared) = inner.shared.upgrade() else { return };
+        let Some(cluster) = shared.cluster.get() else { return };
+        match cluster.security.accept(TcpStream::from(fd)) {
+            Ok(stream) => inner.change(|engine| engine.accepted(stream)),
+            Err(error) => tracing::warn!("a router that connected: {error}"),
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("link-accept".into()).spawn(meet) {
+        tracing::warn!("cannot start a thread for a handshake: {error}");
+    }
+}
+
+/// Dials a host on a thread of its own.
+fn dial(inner: &Arc<Inner>, host: Arc<str>) {
+    let (dialer, name) = (inner.clone(), host.clone());
+    let work = move || {
+        if let Err(why) = (0..CHANNELS).try_for_each(|channel| dial_channel(&dialer, &name, channel)) {
+            if dialer.change(|engine| engine.dial_failed(&name)) {
+                tracing::warn!("host {name} cannot be reached: {why}; it is tried again each second");
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("link-dial".into()).spawn(work) {
+        tracing::warn!("cannot start a thread to reach host {host}: {error}");
+        inner.lock().dial_failed(&host);
+    }
+}
+
+fn dial_channel(inner: &Inner, host: &Arc<str>, channel: usize) -> Result<(), String> {
+    let shared = inner.shared.upgrade().ok_or("the router stops")?;
+    let cluster = shared.cluster.get().ok_or("this host is in no cluster")?;
+    let known = cluster.hosts.by_name(host).ok_or("the directory does not have it")?;
+    let tcp = TcpStream::connect_timeout(&known.addr, DIAL).map_err(|e| format!("{}: {e}", known.addr))?;
+    let stream = cluster.security.connect(tcp, host).map_err(|e| e.to_string())?;
+    inner.change(|engine| engine.dialed(stream, host, channel));
+    Ok(())
+}
+
+/// The worker.
+fn run(inner: &Arc<Inner>) {
+    if let Err(error) = priority::be_prompt() {
+        tracing::debug!("the link's thread has no priority over programs that poll: {error}");
+    }
+    let mut events = Vec::with_capacity(64);
+    while !inner.ended.load(Ordering::Acquire) {
+        let timeout = work(inner, &mut events);
+        let spec = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
+        events.clear();
+        if let Err(errno) =
+            epoll::wait(&*inner.epoll, rustix::buffer::spare_capacity(&mut events), Some(&spec))
+            && errno != rustix::io::Errno::INTR
+        {
+            tracing::error!("epoll_wait: {errno}");
+            return;
+        }
+    }
+}
+
+/// Does what events ask for; returns how long to wait for others.
+fn work(inner: &Arc<Inner>, events: &mut Vec<epoll::Event>) -> Duration {
+    let mut engine = inner.lock();
+    for event in events.drain(..) {
+        let token = Token::of(event.data);
+        if token == Token::Wake {
+            let _ = rustix::io::read(inner.wake.as_fd(), &mut [0u8; 8]);
+        }
+        engine.note(token, event.flags);
+    }
+    let more = engine.turn();
+    let hosts = std::mem::take(&mut engine.to_dial);
+    let (cm, gone) = (std::mem::take(&mut engine.cm_inbox), std::mem::take(&mut engine.hosts_gone));
+    let idle = !more && engine.arm();
+    let patience = if idle { engine.patience(Instant::now()) } else { Duration::ZERO };
+    drop(engine);
+    if let Some(manager) = inner.shared.upgrade().as_ref().and_then(|shared| shared.cm.get()) {
+        // Its lock comes before ours.
+        gone.into_iter().for_each(|host| manager.host_gone(host));
+        cm.into_iter().for_each(|(host, bytes)| manager.far(host, bytes));
+    }
+    hosts.into_iter().for_each(|host| dial(inner, host));
+    patience
+}
