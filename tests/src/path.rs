@@ -77,15 +77,16 @@ impl Path for Run<'_> {
     }
 }
 
-/// `freeflow lab`: each side in a container of its own, unprivileged, on one host.
+/// `freeflow lab`: each side in a container of its own, unprivileged, on one host, or on two.
 #[derive(Debug)]
 pub struct Containers<'t> {
     pub tree: &'t Tree,
+    pub hosts: usize,
 }
 
 impl Path for Containers<'_> {
     fn name(&self) -> &str {
-        "direct_containers"
+        if self.hosts == 1 { "direct_containers" } else { "link_hosts" }
     }
 
     fn sides(&self) -> usize {
@@ -100,7 +101,9 @@ impl Path for Containers<'_> {
         };
         let mut group = Group::new(LIMIT);
         let mut lab = Command::new(self.tree.freeflow());
-        lab.args(["lab", "--run", &side("c1", "--server 7471"), "--run", &side("c2", "--client @c1:7471")]);
+        let (server, client) = if self.hosts == 1 { ("c1", "c2") } else { ("h1c1", "h2c1") };
+        lab.args(["lab", "--hosts", &self.hosts.to_string(), "--run", &side(server, "--server 7471")]);
+        lab.args(["--run", &side(client, &format!("--client @{server}:7471"))]);
         group.start(&mut lab)?;
         Ok(group.finish())
     }

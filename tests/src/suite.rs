@@ -70,7 +70,7 @@ impl Args {
 }
 
 /// Names of the paths over FreeFlow, known before any of it is started.
-const FREEFLOW: [&str; 3] = ["direct_self", "direct_processes", "direct_containers"];
+const FREEFLOW: [&str; 4] = ["direct_self", "direct_processes", "direct_containers", "link_hosts"];
 const NATIVE: [&str; 2] = ["native_self", "native_processes"];
 
 /// The main function of the test target.
@@ -121,9 +121,9 @@ fn run_all(args: &Args, chosen: &[(&str, &str)], tally: &mut Tally) -> Result<()
     let tree = Tree::find(&target)?;
     let host = Host::start(&tree).map_err(|e| format!("a router for the tests: {e}"))?;
     let own = [Run { host: &host, processes: 1 }, Run { host: &host, processes: 2 }];
-    let containers = Containers { tree: &tree };
+    let containers = [Containers { tree: &tree, hosts: 1 }, Containers { tree: &tree, hosts: 2 }];
     let failed_before = tally.failed.len();
-    run_paths(args, &dir, &[&own[0], &own[1], &containers], chosen, tally);
+    run_paths(args, &dir, &[&own[0], &own[1], &containers[0], &containers[1]], chosen, tally);
     if tally.failed.len() > failed_before {
         println!("router's log:\n{}", host.log());
     }

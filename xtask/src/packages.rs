@@ -39,7 +39,10 @@ pub const TESTS: &[Package] = &[
 ];
 /// What the benchmarks compare with, and are built with.
 pub const BENCH: &[Package] = &[
-    ("ucx-utils", "ucx_perftest, which the direct path is compared with"),
+    ("ucx-utils", "ucx_perftest, which the direct path and the link are compared with"),
+    ("iperf3", "the kernel's TCP between hosts, one stream"),
+    ("libfabric-bin", "fi_pingpong, which the link is compared with"),
+    ("iproute2", "ip, which makes the two hosts"),
     ("gcc", "compiles the probes, and is the busy third program"),
     ("libc6-dev", "headers for them"),
     ("libibverbs-dev", "verbs headers, for the probes that use the device"),

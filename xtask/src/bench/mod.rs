@@ -6,6 +6,7 @@
 mod busy;
 mod cases;
 mod figures;
+mod hosts;
 mod idle;
 mod probes;
 mod report;
@@ -41,12 +42,21 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<ExitCode> {
     match options.name {
         Name::Host => host(options),
+        Name::Hosts => hosts(options),
         name => {
             let value = name.to_possible_value();
             let name = value.as_ref().map_or("", |v| v.get_name());
-            Err(Failure::new(format!("bench {name} is not there yet; bench host is")))
+            Err(Failure::new(format!("bench {name} is not there yet; bench host and bench hosts are")))
         }
     }
+}
+
+/// Between two hosts.
+fn hosts(options: &Options) -> Result<ExitCode> {
+    packages::ensure(&[packages::CLIENTS, packages::BENCH])?;
+    let tree = dist::build()?;
+    let results = hosts::run(&tree, options.only.as_deref().unwrap_or(""), options.rounds)?;
+    report::write("hosts", &results)
 }
 
 fn host(options: &Options) -> Result<ExitCode> {

@@ -61,6 +61,11 @@ pub fn all() -> Vec<Client> {
     [devices(), pingpongs(), perftest(), atomics(), rdma_cm(), qperf(), fio()].concat()
 }
 
+/// Those with a server, which may be on another host.
+pub fn pairs() -> Vec<Client> {
+    all().into_iter().filter(|client| client.server.is_some()).collect()
+}
+
 fn devices() -> Vec<Client> {
     vec![
         Client::alone("ibv_devices", &[Says("ff0")]),

@@ -31,7 +31,7 @@ pub fn hello() -> std::result::Result<(), String> {
     let program = binary.display().to_string();
     let client =
         Client::same(&program, &[Check::Says("written: success"), Check::Anywhere("by RDMA over ff0")]);
-    labs::run_client(&client)
+    labs::run_client(&client, labs::Place::OneHost)
 }
 
 /// A directory that a lab's users may enter, which a clone in a private home directory is not. Not in /tmp: a lab has its own.

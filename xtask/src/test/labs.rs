@@ -12,26 +12,57 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 type Outcome = std::result::Result<(), String>;
 
+/// Where a client and its server are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    OneHost,
+    /// The server on the first host, the client on the second.
+    TwoHosts,
+}
+
+impl Place {
+    fn server(self) -> &'static str {
+        if self == Place::OneHost { "c1" } else { "h1c1" }
+    }
+
+    fn client(self) -> &'static str {
+        if self == Place::OneHost { "c2" } else { "h2c1" }
+    }
+
+    /// The check's name for a client here.
+    pub fn name(self, client: &Client) -> String {
+        let between = if self == Place::OneHost { "" } else { "between hosts: " };
+        format!("{between}{}", client.name())
+    }
+}
+
 /// Runs a client in a lab of its own.
-pub fn run_client(client: &Client) -> Outcome {
-    let done = lab(&arguments(client))?;
-    judge(client, &done).map_err(|why| format!("{why}\n{}", done.tail()))
+pub fn run_client(client: &Client, place: Place) -> Outcome {
+    let done = lab(&arguments(client, place))?;
+    judge(client, place, &done).map_err(|why| format!("{why}\n{}", done.tail()))
 }
 
 /// The lab's arguments. A server that ends by itself is waited for: it reports through a pipe in its container's /tmp
 /// to a third command, whose end ends the lab. The client, which may be a moment later, ignores the SIGTERM that this
 /// brings: it would lose the output it has not written yet.
-fn arguments(client: &Client) -> Vec<String> {
-    let run = |container: &str, command: &str| vec!["--run".to_owned(), format!("{container}={command}")];
-    match &client.server {
-        None => run("c2", &client.command),
+fn arguments(client: &Client, place: Place) -> Vec<String> {
+    let (first, second) = (place.server(), place.client());
+    let at = format!("@{first}");
+    let run = |container: &str, command: &str| {
+        vec!["--run".to_owned(), format!("{container}={}", command.replace("@c1", &at))]
+    };
+    let hosts = if place == Place::OneHost { vec![] } else { vec!["--hosts".to_owned(), "2".to_owned()] };
+    let runs = match &client.server {
+        None => run(second, &client.command),
         Some(server) if server.ends => {
             let report = format!("mkfifo /tmp/end; {}; s=$?; echo $s >/tmp/end; exit $s", server.command);
             let unhurried = format!("trap '' TERM; {}", client.command);
-            [run("c1", &report), run("c2", &unhurried), run("c1", "read -r s </tmp/end; exit $s")].concat()
+            [run(first, &report), run(second, &unhurried), run(first, "read -r s </tmp/end; exit $s")]
+                .concat()
         }
-        Some(server) => [run("c1", &server.command), run("c2", &client.command)].concat(),
-    }
+        Some(server) => [run(first, &server.command), run(second, &client.command)].concat(),
+    };
+    [hosts, runs].concat()
 }
 
 fn lab(arguments: &[String]) -> std::result::Result<Done, String> {
@@ -40,11 +71,11 @@ fn lab(arguments: &[String]) -> std::result::Result<Done, String> {
     process::run(&mut command, LIMIT, Echo::Quiet).map_err(|failure| failure.to_string())
 }
 
-fn judge(client: &Client, done: &Done) -> Outcome {
+fn judge(client: &Client, place: Place, done: &Done) -> Outcome {
     if !done.success() {
         return Err(done.how());
     }
-    let said = perftest::lines_of("c2", &done.stdout);
+    let said = perftest::lines_of(place.client(), &done.stdout);
     let all = format!("{}{}", done.stdout, done.stderr);
     client.checks.iter().try_for_each(|check| passes(check, &said, &all))
 }
@@ -173,8 +204,11 @@ mod tests {
     fn a_server_that_ends_is_waited_for() {
         let clients = super::super::clients::all();
         let rping = clients.iter().find(|c| c.name().contains("rping")).expect("in the list");
-        let arguments = arguments(rping);
-        assert_eq!(arguments.len(), 6);
-        assert!(arguments[5].starts_with("c1=read"), "{arguments:?}");
+        let here = arguments(rping, Place::OneHost);
+        assert_eq!(here.len(), 6);
+        assert!(here[5].starts_with("c1=read"), "{here:?}");
+        let between = arguments(rping, Place::TwoHosts);
+        assert_eq!(between[..2], ["--hosts", "2"]);
+        assert!(between[5].starts_with("h2c1=") && between[5].contains("@h1c1"), "{between:?}");
     }
 }

@@ -11,6 +11,7 @@ mod verbs_suite;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use self::labs::Place;
 use crate::failure::{Failure, Result};
 use crate::{dist, packages, safety};
 
@@ -72,8 +73,11 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     for lab in labs::OWN.iter().filter(|lab| chosen(&lab.name())) {
         tally.check(&lab.name(), || lab.run());
     }
-    for client in clients::all().iter().filter(|client| chosen(&client.name())) {
-        tally.check(&client.name(), || labs::run_client(client));
+    for place in [Place::OneHost, Place::TwoHosts] {
+        let clients = if place == Place::OneHost { clients::all() } else { clients::pairs() };
+        for client in clients.iter().filter(|client| chosen(&place.name(client))) {
+            tally.check(&place.name(client), || labs::run_client(client, place));
+        }
     }
     verbs_suite::run(&mut tally, filter)?;
     for (name, check) in operators::CHECKS.iter().filter(|(name, _)| chosen(name)) {
