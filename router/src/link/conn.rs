@@ -109,11 +109,16 @@ impl Conn {
         }
         let bulk = self.channel == Some(1) && self.stream.as_plain().is_some();
         let limit = if bulk { BULK_CHUNK.max(self.to + HEADER) } else { CHUNK }.min(CHUNK);
+        if !self.readable {
+            return Ok(false);
+        }
         loop {
             return match self.stream.read(&mut self.input[self.to..limit]) {
                 Ok(0) => Err(End::Closed),
                 Ok(n) => {
                     self.to += n;
+                    // A socket that gave less than it could has no more, and epoll will tell of new bytes.
+                    self.readable = self.to == limit || self.stream.as_plain().is_none();
                     Ok(true)
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {

@@ -157,10 +157,10 @@ fn welcome(inner: &Arc<Inner>, fd: OwnedFd) {
 fn dial(inner: &Arc<Inner>, host: Arc<str>) {
     let (dialer, name) = (inner.clone(), host.clone());
     let work = move || {
-        if let Err(why) = (0..CHANNELS).try_for_each(|channel| dial_channel(&dialer, &name, channel)) {
-            if dialer.change(|engine| engine.dial_failed(&name)) {
-                tracing::warn!("host {name} cannot be reached: {why}; it is tried again each second");
-            }
+        if let Err(why) = (0..CHANNELS).try_for_each(|channel| dial_channel(&dialer, &name, channel))
+            && dialer.change(|engine| engine.dial_failed(&name))
+        {
+            tracing::warn!("host {name} cannot be reached: {why}; it is tried again each second");
         }
     };
     if let Err(error) = std::thread::Builder::new().name("link-dial".into()).spawn(work) {
