@@ -71,6 +71,8 @@ impl Args {
 
 /// Names of the paths over FreeFlow, known before any of it is started.
 const FREEFLOW: [&str; 4] = ["direct_self", "direct_processes", "direct_containers", "link_hosts"];
+/// What a link does not do yet (docs/link.md, "Missing").
+const NOT_YET: [(&str, &str); 3] = [("link_hosts", "uc"), ("link_hosts", "srq"), ("link_hosts", "xrc")];
 const NATIVE: [&str; 2] = ["native_self", "native_processes"];
 
 /// The main function of the test target.
@@ -79,6 +81,7 @@ pub fn main() -> ExitCode {
     let names: &[&str] = if args.native { &NATIVE } else { &FREEFLOW };
     let all: Vec<(&str, &str)> =
         names.iter().flat_map(|path| PROGRAMS.iter().map(move |program| (*path, *program))).collect();
+    let all: Vec<(&str, &str)> = all.into_iter().filter(|test| !NOT_YET.contains(test)).collect();
     let chosen: Vec<_> = all.iter().copied().filter(|(p, n)| args.chosen(&test_name(p, n))).collect();
     if args.list {
         for (path, program) in &chosen {
