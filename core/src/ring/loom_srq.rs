@@ -111,7 +111,8 @@ fn a_limit_is_told_by_somebody() {
     assert!(owner ^ taker, "told by both or by nobody");
 }
 
-/// Whichever way it came: the list of a receive that a datagram takes is there.
+/// Whichever way it came: the list of a receive that a datagram takes is there. (No ordering is missed here alone: the
+/// checker takes the fence of a taker that advances the head for as good as the release, so either may be lacking.)
 fn a_datagram_takes_a_whole_receive() {
     let queue = Queue::new(1);
     queue.tickets(0).post(0, &[]);
@@ -155,5 +156,4 @@ breaks! {
     loom_without_fences_a_sender_that_waits_for_a_shared_receive_sleeps:
         a_sender_that_waits_for_a_receive_is_told without Fences, "for ever";
     loom_without_fences_a_limit_is_told_by_nobody: a_limit_is_told_by_somebody without Fences, "told by both or by nobody";
-    loom_without_release_a_datagram_takes_a_torn_receive: a_datagram_takes_a_whole_receive without Release, "was not there";
 }
