@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn nothing_is_mapped_beyond_the_file() {
-        let fd = super::super::make_memfd("peer", 2 * PAGE).expect("memfd");
+        let fd = crate::shm::make_memfd("peer", 2 * PAGE).expect("memfd");
         let view = PdMemoryView::new(fd).expect("fstat");
         let window =
             |len, offset| view.window(&Extent { va: 0x5000, len, offset }).map(|map| map.len() as u64);
@@ -98,7 +98,7 @@ mod tests {
     fn a_peers_claims_do_not_take_all_address_space() {
         let extent = |len, offset| Extent { va: 0x7000_0000, len, offset };
         let vast =
-            PdMemoryView::new(super::super::make_memfd("vast", 1 << 50).expect("memfd")).expect("view");
+            PdMemoryView::new(crate::shm::make_memfd("vast", 1 << 50).expect("memfd")).expect("view");
         let kept = vast.window(&extent(MAX_MAPPED / 2, 0)).expect("half of what is allowed");
         let quarter = MAX_MAPPED / 4;
         drop(vast.window(&extent(quarter, MAX_MAPPED)).expect("in use no longer"));
