@@ -97,8 +97,7 @@ mod tests {
     #[test]
     fn a_peers_claims_do_not_take_all_address_space() {
         let extent = |len, offset| Extent { va: 0x7000_0000, len, offset };
-        let vast =
-            PdMemoryView::new(crate::shm::make_memfd("vast", 1 << 50).expect("memfd")).expect("view");
+        let vast = PdMemoryView::new(crate::shm::make_memfd("vast", 1 << 50).expect("memfd")).expect("view");
         let kept = vast.window(&extent(MAX_MAPPED / 2, 0)).expect("half of what is allowed");
         let quarter = MAX_MAPPED / 4;
         drop(vast.window(&extent(quarter, MAX_MAPPED)).expect("in use no longer"));
