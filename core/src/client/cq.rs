@@ -12,7 +12,7 @@ use crate::exec::LocalTable;
 use crate::ring::cq::DIRTY_BITS;
 use crate::ring::{CqShared, Ring};
 use crate::shm::View;
-use crate::sync::{AtomicBool, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::verbs::Wc;
 
 use super::channel::Channel;
@@ -38,7 +38,7 @@ pub struct Cq {
     channel: Option<Arc<Channel>>,
     block: Block,
     cookie: u64,
-    cqe: u32,
+    cqe: AtomicU32,
     /// Sends mark the dirty map too.
     mapped: AtomicBool,
     inner: Lock<Inner>,
@@ -66,6 +66,14 @@ struct Feed {
 }
 
 impl Feed {
+    /// Sends that ended and were not polled.
+    fn unpolled(&self) -> u32 {
+        match &self.polled {
+            Polled::Qp(lanes) if self.send => lanes.send.unpolled(),
+            _ => 0,
+        }
+    }
+
     /// Are there sends on the way, which will complete without another mark? What a router carries out it also marks.
     fn sends(&self) -> bool {
         matches!(&self.polled, Polled::Qp(lanes) if self.send && lanes.send.outstanding() && !lanes.is_link())
@@ -117,6 +125,7 @@ impl Context {
             }
         };
         let context = Arc::clone(self);
+        let cqe = AtomicU32::new(cqe);
         let (mapped, inner) = (AtomicBool::new(false), Lock::default());
         let cq = Arc::new(Cq { context, id, shared, channel, block, cookie, cqe, mapped, inner });
         if let Some(channel) = &cq.channel {
@@ -129,7 +138,22 @@ impl Context {
 impl Cq {
     /// Capacity promised.
     pub fn cqe(&self) -> u32 {
-        self.cqe
+        self.cqe.load(Ordering::Relaxed)
+    }
+
+    /// ibv_resize_cq(3). A CQ holds nothing itself, so this only changes what is promised; fewer entries than sends that wait to
+    /// be polled it cannot promise.
+    pub fn resize(&self, cqe: u32) -> Result<()> {
+        if cqe == 0 || cqe > self.context.limits().max_cqe {
+            return Err(Error::Invalid("cqe must be between 1 and max_cqe"));
+        }
+        let inner = self.inner.lock();
+        let waiting: u32 = inner.feeds.iter().flatten().map(Feed::unpolled).sum();
+        if waiting > cqe {
+            return Err(Error::Invalid("more completions wait than the new size has room for"));
+        }
+        self.cqe.store(cqe, Ordering::Relaxed);
+        Ok(())
     }
 
     pub fn cookie(&self) -> u64 {

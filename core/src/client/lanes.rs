@@ -110,6 +110,11 @@ impl SendLane {
         self.begun.load(Ordering::Acquire) != self.polled.load(Ordering::Relaxed)
     }
 
+    /// CQ: how many requests have ended and were not polled.
+    pub fn unpolled(&self) -> u32 {
+        self.done.load(Ordering::Acquire).wrapping_sub(self.polled.load(Ordering::Relaxed))
+    }
+
     /// Executor: request `done` (the next one) ended. `wanted`: it gets a completion.
     pub fn finish(&self, wr_id: u64, op: SendOp, status: WcStatus, byte_len: u32, wanted: bool) {
         let seq = self.done.load(Ordering::Relaxed);

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::ctl::{AllocPd, DeallocPd, DeregMr};
 use crate::error::{Error, Result};
+use crate::exec::LocalTable;
 use crate::ring::mr::slot_of;
 use crate::ring::{Extent, MrView};
 use crate::sync::{AtomicUsize, Ordering};
-use crate::verbs::Access;
+use crate::verbs::{Access, Sge};
 
 use super::context::Context;
 use super::keys::Keys;
@@ -66,18 +67,12 @@ impl Pd {
 
     /// ibv_reg_mr(3), ibv_reg_mr_iova(3): registers `[addr, addr+len)`; requests name it by addresses from `iova` on.
     pub fn reg_mr(self: &Arc<Self>, addr: u64, len: u64, iova: u64, access: Access) -> Result<Arc<Mr>> {
-        if access.intersects(Access::REMOTE_WRITE | Access::REMOTE_ATOMIC)
-            && !access.contains(Access::LOCAL_WRITE)
-        {
-            return Err(Error::Invalid("REMOTE_WRITE and REMOTE_ATOMIC need LOCAL_WRITE"));
+        check_rights(access)?;
+        if access.contains(Access::MW_BIND) {
+            return Err(Error::Unsupported("memory windows (IBV_ACCESS_MW_BIND)"));
         }
-        for (flag, what) in [
-            (Access::MW_BIND, "memory windows (IBV_ACCESS_MW_BIND)"),
-            (Access::ON_DEMAND, "on-demand paging (IBV_ACCESS_ON_DEMAND)"),
-        ] {
-            if access.contains(flag) {
-                return Err(Error::Unsupported(what));
-            }
+        if access.contains(Access::ON_DEMAND) && (addr, len) == (0, u64::MAX) {
+            return self.reg_everything(access);
         }
         if addr.checked_add(len).is_none() || iova.checked_add(len).is_none() {
             return Err(Error::BadAddress { addr, len, why: "wraps around" });
@@ -110,6 +105,23 @@ impl Pd {
         Ok(self.publish(view, registration))
     }
 
+    /// Implicit on-demand paging: the whole address space. Nothing moves; peers reach it through the router, which faults pages
+    /// in as the program itself would.
+    fn reg_everything(self: &Arc<Self>, access: Access) -> Result<Arc<Mr>> {
+        if access.contains(Access::REMOTE_ATOMIC) {
+            return Err(Error::Unsupported("REMOTE_ATOMIC on the whole address space"));
+        }
+        let key = self.keys.for_new_memory(&self.context.conn, 0, 0, access)?;
+        let view = MrView { key, access, pd: self.id, len: u64::MAX, ..MrView::default() };
+        self.context.mrs[slot_of(key)].publish(&view);
+        Ok(Arc::new(Mr { pd: Arc::clone(self), key, addr: 0, len: u64::MAX, registration: None }))
+    }
+
+    /// Does `sge` name memory of this PD, by a key that grants `need`? Where it is, then.
+    pub fn resolve(&self, sge: &Sge, need: Access) -> Option<u64> {
+        LocalTable::new(&self.context.mrs, self.id).check(sge, need)
+    }
+
     /// New zeroed memory that is registered from birth: its pages need not move, and untouched ones cost nothing. It
     /// goes with the region.
     pub fn allocate(self: &Arc<Self>, len: u64, access: Access) -> Result<Arc<Mr>> {
@@ -131,6 +143,14 @@ impl Pd {
         self.context.mrs[slot_of(key)].publish(&view);
         Arc::new(Mr { pd: Arc::clone(self), key, addr, len, registration: Some(registration) })
     }
+}
+
+fn check_rights(access: Access) -> Result<()> {
+    let writes = access.intersects(Access::REMOTE_WRITE | Access::REMOTE_ATOMIC);
+    if writes && !access.contains(Access::LOCAL_WRITE) {
+        return Err(Error::Invalid("REMOTE_WRITE and REMOTE_ATOMIC need LOCAL_WRITE"));
+    }
+    Ok(())
 }
 
 /// Do the extents hold all of the range?
@@ -156,6 +176,34 @@ impl Mr {
     /// lkey and rkey.
     pub fn key(&self) -> u32 {
         self.key
+    }
+
+    /// ibv_rereg_mr(3) of the rights alone: the key stays, and when it returns nothing happens under the old ones.
+    pub fn set_access(&self, access: Access) -> Result<()> {
+        check_rights(access)?;
+        let entry = &self.pd.context.mrs[slot_of(self.key)];
+        let view = entry.read(self.key).ok_or(Error::Invalid("the region is being changed"))?;
+        let extents = self.registration.as_ref().map_or(&[][..], Registration::extents);
+        if access.contains(Access::REMOTE_ATOMIC) && !covers(extents, self.addr, self.len) {
+            return Err(Error::Unsupported("REMOTE_ATOMIC on memory whose pages did not move"));
+        }
+        entry.kill();
+        self.revoke();
+        entry.publish(&MrView { access, ..view });
+        Ok(())
+    }
+
+    /// The key is dead: waits until nothing happens under it any more.
+    fn revoke(&self) {
+        let deadline = Instant::now() + QUIESCE;
+        for qp in self.pd.context.all_qps().into_iter().filter(|qp| qp.touches(self.pd.id)) {
+            // A send of ours may be reading it; the next one sees the dead key.
+            qp.settle();
+            if !qp.quiesce(deadline) {
+                qp.expect_late_copy();
+                qp.enter_error();
+            }
+        }
     }
 
     /// First byte, in this process.
@@ -191,15 +239,7 @@ impl Drop for Mr {
             return;
         }
         context.mrs[slot_of(self.key)].kill();
-        let deadline = Instant::now() + QUIESCE;
-        for qp in context.all_qps().into_iter().filter(|qp| qp.touches(self.pd.id)) {
-            // A send of ours may be reading it; the next one sees the dead key.
-            qp.settle();
-            if !qp.quiesce(deadline) {
-                qp.expect_late_copy();
-                qp.enter_error();
-            }
-        }
+        self.revoke();
         let _ = context.conn.ask(&DeregMr { key: self.key, _pad: 0 });
         if self.pd.late_copies.load(Ordering::Acquire) > 0
             && let Some(registration) = self.registration.take()

@@ -77,6 +77,9 @@ pub fn execute<M: PeerMemory>(request: &Request<'_>, progress: &mut Progress, en
         Target::Memory { addr, rkey } if request.op == SendOp::Read => {
             read(addr, rkey, &gathered, progress, peer, env)
         }
+        Target::Memory { addr, rkey } if request.op == SendOp::AtomicWrite => {
+            atomic_write(addr, rkey, &gathered, peer, env)
+        }
         Target::Memory { addr, rkey } => write(request, addr, rkey, &gathered, progress, peer, env),
         Target::Atomic { .. } => atomic(request, &gathered, peer, env),
         Target::Receive | Target::Datagram(_) => send(request, &gathered, progress, peer, env),
@@ -329,6 +332,34 @@ fn atomic<M: PeerMemory>(request: &Request<'_>, to: &Gathered, peer: Peer<'_>, e
     };
     let old = apply(word, request.op, compare_add, swap);
     scatter_old(old, to);
+    Outcome::Done { status: WcStatus::Success, byte_len: 8 }
+}
+
+/// One store of eight bytes. Memory that is reached through the router has none.
+fn atomic_write<M: PeerMemory>(
+    addr: u64,
+    rkey: u32,
+    from: &Gathered,
+    peer: Peer<'_>,
+    env: Env<'_, M>,
+) -> Outcome {
+    let Some((bytes, 8)) = from.small() else { return Outcome::failed(WcStatus::LocLenErr) };
+    if !addr.is_multiple_of(8) {
+        return violation(env.memory, WcStatus::RemInvReqErr);
+    }
+    let reached = target(&peer, rkey, Access::REMOTE_WRITE, addr, 8)
+        .map(|remote| env.memory.reach(remote.entry, rkey, remote.va, 8));
+    let bytes_there = match reached {
+        Ok(Reach::Here(bytes)) => bytes,
+        Ok(Reach::Far(_)) => return violation(env.memory, WcStatus::RemOpErr),
+        Err(status) => return violation(env.memory, status),
+    };
+    let Some(word) = crate::shm::atomic_word(&bytes_there) else {
+        return violation(env.memory, WcStatus::RemInvReqErr);
+    };
+    let mut value = [0; 8];
+    value.copy_from_slice(&bytes[..8]);
+    word.store(u64::from_ne_bytes(value), Ordering::Release);
     Outcome::Done { status: WcStatus::Success, byte_len: 8 }
 }
 

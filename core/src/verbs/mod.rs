@@ -178,6 +178,8 @@ numbered! {
     /// `ibv_wr_opcode`.
     SendOp: u32 {
         Write = 0, WriteImm = 1, Send = 2, SendImm = 3, Read = 4, CompareSwap = 5, FetchAdd = 6,
+        /// Eight bytes that appear at once.
+        AtomicWrite = 15,
     }
 }
 
@@ -190,6 +192,7 @@ impl SendOp {
             SendOp::Read => WcOpcode::RdmaRead,
             SendOp::CompareSwap => WcOpcode::CompSwap,
             SendOp::FetchAdd => WcOpcode::FetchAdd,
+            SendOp::AtomicWrite => WcOpcode::AtomicWrite,
         }
     }
 
@@ -206,6 +209,11 @@ impl SendOp {
         matches!(self, SendOp::CompareSwap | SendOp::FetchAdd)
     }
 
+    /// Does it change one aligned word of eight bytes, at once?
+    pub fn is_word(self) -> bool {
+        self == SendOp::AtomicWrite || self.is_atomic()
+    }
+
     /// Does the poster's own memory get written?
     pub fn writes_locally(self) -> bool {
         self == SendOp::Read || self.is_atomic()
@@ -215,7 +223,7 @@ impl SendOp {
 numbered! {
     /// `ibv_wc_opcode`.
     WcOpcode: u32 {
-        Send = 0, RdmaWrite = 1, RdmaRead = 2, CompSwap = 3, FetchAdd = 4, Recv = 128, RecvRdmaWithImm = 129,
+        Send = 0, RdmaWrite = 1, RdmaRead = 2, CompSwap = 3, FetchAdd = 4, AtomicWrite = 9, Recv = 128, RecvRdmaWithImm = 129,
     }
 }
 

@@ -229,7 +229,7 @@ impl Endpoint {
             let target = target_of(header, op);
             let request = Request { op, flags, imm: header.imm, target, sges: &sges, srqn: 0 };
             let mut memory = Inbound::new(&self.qp, Some(input), base + u64::from(header.offset));
-            memory.atomic = op.is_atomic();
+            memory.word = op.is_word();
             let budget = u64::from(header.len).max(1);
             let outcome = self.run(&request, &mut progress, &mut memory, (header.from, self.qp.dest), budget);
             (outcome, memory.faults > 0)
@@ -328,7 +328,7 @@ pub fn spans(qp: &FarQp, wr: &Wr, offset: u32, len: u32) -> Result<Vec<Span>, Wc
 fn target_of(header: &Header, op: SendOp) -> Target {
     match op {
         SendOp::Send | SendOp::SendImm => Target::Receive,
-        SendOp::Write | SendOp::WriteImm | SendOp::Read => {
+        SendOp::Write | SendOp::WriteImm | SendOp::Read | SendOp::AtomicWrite => {
             Target::Memory { addr: header.addr, rkey: header.rkey }
         }
         SendOp::CompareSwap | SendOp::FetchAdd => {
@@ -349,13 +349,15 @@ fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
     };
     let target = match op {
         SendOp::Send | SendOp::SendImm => Target::Receive,
-        SendOp::Write | SendOp::WriteImm | SendOp::Read => Target::Memory { addr: wqe.addr, rkey: wqe.rkey },
+        SendOp::Write | SendOp::WriteImm | SendOp::Read | SendOp::AtomicWrite => {
+            Target::Memory { addr: wqe.addr, rkey: wqe.rkey }
+        }
         SendOp::CompareSwap | SendOp::FetchAdd => {
             let Wqe { addr, rkey, compare_add, swap, .. } = *wqe;
             Target::Atomic { addr, rkey, compare_add, swap }
         }
     };
-    let long = total > limits::MESSAGE || (op.is_atomic() && total != 8);
+    let long = total > limits::MESSAGE || (op.is_word() && total != 8);
     Some(Wr {
         op,
         flags: SendFlags::from_bits_truncate(u32::from(wqe.flags & !Wqe::QUIET)),

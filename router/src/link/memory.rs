@@ -324,8 +324,8 @@ pub struct Inbound<'a, 'i> {
     /// READ: what is to go out.
     pub output: Vec<Span>,
     pub by_reference: bool,
-    /// The request is an atomic: the word itself is wanted.
-    pub atomic: bool,
+    /// The request is for one word, which is wanted itself: the processor changes it at once.
+    pub word: bool,
     pub rings: u32,
     pub faults: u32,
     /// The shared receive queue has fallen below its limit.
@@ -344,7 +344,7 @@ impl<'a, 'i> Inbound<'a, 'i> {
             at,
             output: Vec::new(),
             by_reference: true,
-            atomic: false,
+            word: false,
             rings: 0,
             faults: 0,
             limits: 0,
@@ -352,7 +352,7 @@ impl<'a, 'i> Inbound<'a, 'i> {
         }
     }
 
-    fn word(&mut self, key: u32, va: u64) -> Option<SharedBytes> {
+    fn find_word(&mut self, key: u32, va: u64) -> Option<SharedBytes> {
         let view = entry_of(&self.memory.mrs, key)?.read(key)?;
         let extent = view.extents().iter().find(|extent| extent.holds(va, 8))?;
         let map = self.memory.windows.window(extent).ok()?;
@@ -391,10 +391,10 @@ impl<'a, 'i> Inbound<'a, 'i> {
 
 impl PeerMemory for Inbound<'_, '_> {
     fn reach(&mut self, _: &MrEntry, key: u32, va: u64, len: u64) -> Reach {
-        if !self.atomic {
+        if !self.word {
             return Reach::Far(len);
         }
-        self.word(key, va).map_or(Reach::Far(len), Reach::Here)
+        self.find_word(key, va).map_or(Reach::Far(len), Reach::Here)
     }
 
     fn far(&mut self, copy: FarCopy) -> Result<(), Errno> {

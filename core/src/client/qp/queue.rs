@@ -48,7 +48,7 @@ pub struct Queue {
 impl Queue {
     pub fn new(caps: &QpCaps) -> Self {
         let depth = caps.max_send_wr.max(1).next_power_of_two() as usize;
-        let (max_sge, max_inline) = (caps.max_send_sge.max(1) as usize, caps.max_inline_data as usize);
+        let (max_sge, max_inline) = (caps.max_send_sge.max(1) as usize, caps.max_inline_data.max(8) as usize);
         Queue {
             wqes: vec![Wqe::default(); depth].into(),
             sges: vec![Sge::default(); depth * max_sge].into(),

@@ -171,7 +171,8 @@ impl Qp {
         let mut inline_fits = true;
         if wr.flags.contains(SendFlags::INLINE) {
             let len: u64 = wr.sges.iter().map(|sge| u64::from(sge.length)).sum();
-            inline_fits = len <= u64::from(self.caps.max_inline_data) && !wr.op.writes_locally();
+            let room = if wr.op == SendOp::AtomicWrite { 8 } else { self.caps.max_inline_data };
+            inline_fits = len <= u64::from(room) && !wr.op.writes_locally();
         }
         if op_fits && list_fits && inline_fits { Ok(()) } else { Err(Errno::INVAL) }
     }
