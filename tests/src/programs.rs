@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use std::{fs, process};
 
 /// One area each, in the order in which their failures are best read.
-pub const PROGRAMS: [&str; 14] = [
+pub const PROGRAMS: [&str; 15] = [
     "device",
     "objects",
     "qp_states",
@@ -20,6 +20,7 @@ pub const PROGRAMS: [&str; 14] = [
     "uc",
     "srq",
     "xrc",
+    "control",
     "memory",
     "large",
 ];

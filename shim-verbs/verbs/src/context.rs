@@ -1,19 +1,23 @@
 //! The context: what an open device is to a client, with the tables its inline functions call through.
 
 use crate::guard;
+use crate::imports::Exports;
 use crate::object::{Live, Object};
-use crate::{cq, device, post, qp, query, srq, unsupported};
+use crate::{cq, device, dm, mr, pd, post, qp, query, srq, unsupported};
 use freeflow_core::client;
 use freeflow_verbs_abi::*;
 use std::ffi::{c_int, c_void};
 use std::mem::{size_of, zeroed};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 /// What stands behind a `verbs_context`.
 pub struct Rust {
     pub core: Arc<client::Context>,
     pub live: Arc<Live>,
+    pub exports: Arc<Exports>,
+    /// Names the device for import; the program has its number.
+    _cmd_fd: OwnedFd,
 }
 
 pub type Context = Object<verbs_context, Rust>;
@@ -32,7 +36,13 @@ impl Context {
 }
 
 /// Makes the C side of an open device.
-pub fn create(device: *mut ibv_device, core: Arc<client::Context>) -> *mut ibv_context {
+pub fn create(
+    device: *mut ibv_device,
+    core: Arc<client::Context>,
+    live: Arc<Live>,
+    exports: Arc<Exports>,
+    cmd_fd: OwnedFd,
+) -> *mut ibv_context {
     // SAFETY: integers, nullable pointers and functions: all zeroes is a valid verbs_context.
     let mut verbs: verbs_context = unsafe { zeroed() };
     verbs.sz = size_of::<verbs_context>();
@@ -45,15 +55,24 @@ pub fn create(device: *mut ibv_device, core: Arc<client::Context>) -> *mut ibv_c
     verbs.open_xrcd = Some(srq::open_xrcd);
     verbs.close_xrcd = Some(srq::close_xrcd);
     verbs.open_qp = Some(qp::open);
+    verbs.modify_cq = Some(cq::modify);
+    verbs.query_rt_values = Some(query::rt_values);
+    verbs.advise_mr = Some(mr::advise);
+    verbs.alloc_td = Some(pd::alloc_td);
+    verbs.dealloc_td = Some(pd::dealloc_td);
+    verbs.alloc_parent_domain = Some(pd::alloc_parent_domain);
+    verbs.alloc_dm = Some(dm::alloc);
+    verbs.free_dm = Some(dm::free);
+    verbs.reg_dm_mr = Some(dm::register);
     let context = &mut verbs.context;
     context.device = device;
     context.ops = operations();
-    context.cmd_fd = core.async_fd().as_raw_fd();
+    context.cmd_fd = cmd_fd.as_raw_fd();
     context.async_fd = core.async_fd().as_raw_fd();
     context.num_comp_vectors = 1;
     context.mutex = libc::PTHREAD_MUTEX_INITIALIZER;
     context.abi_compat = VERBS_ABI_IS_EXTENDED;
-    let whole = Context::alloc(verbs, Rust { core, live: Arc::default() });
+    let whole = Context::alloc(verbs, Rust { core, live, exports, _cmd_fd: cmd_fd });
     // SAFETY: the ibv_context is this far into it.
     unsafe { whole.byte_add(CONTEXT_OFFSET) }.cast()
 }

@@ -54,6 +54,7 @@ unsafe fn create(
     cq_context: *mut c_void,
     channel: *mut ibv_comp_channel,
     comp_vector: u32,
+    timed: bool,
     install: impl FnOnce(&mut ibv_cq_ex),
 ) -> Result<*mut ibv_cq_ex> {
     // SAFETY: the caller's promise.
@@ -81,7 +82,7 @@ unsafe fn create(
         core,
         comp_events: Delivered::default(),
         async_events: Delivered::default(),
-        cursor: Cursor::new(),
+        cursor: Cursor::new(timed),
         users: Users::default(),
         live: Arc::clone(&device.live),
     };
@@ -105,7 +106,7 @@ pub unsafe extern "C" fn ibv_create_cq(
         let cqe = u32::try_from(cqe).map_err(|_| EINVAL)?;
         let vector = u32::try_from(comp_vector).map_err(|_| EINVAL)?;
         // SAFETY: the caller's promise.
-        Ok(unsafe { create(context, cqe, cq_context, channel, vector, |_| {}) }?.cast())
+        Ok(unsafe { create(context, cqe, cq_context, channel, vector, false, |_| {}) }?.cast())
     })
 }
 
@@ -118,14 +119,44 @@ pub unsafe extern "C" fn create_ex(
         // SAFETY: the program passes its attributes.
         let attr = unsafe { &*attr };
         let flags = if attr.comp_mask & IBV_CQ_INIT_ATTR_MASK_FLAGS != 0 { attr.flags } else { 0 };
-        // A parent domain, lossy CQs and completion fields beyond the standard ones are not built.
-        let known = attr.comp_mask & !IBV_CQ_INIT_ATTR_MASK_FLAGS == 0
-            && flags & !IBV_CREATE_CQ_ATTR_SINGLE_THREADED == 0;
+        // A CQ never overruns here, so ignoring that it does costs nothing.
+        let known = attr.comp_mask & !(IBV_CQ_INIT_ATTR_MASK_FLAGS | IBV_CQ_INIT_ATTR_MASK_PD) == 0
+            && flags & !(IBV_CREATE_CQ_ATTR_SINGLE_THREADED | IBV_CREATE_CQ_ATTR_IGNORE_OVERRUN) == 0;
+        if attr.comp_mask & IBV_CQ_INIT_ATTR_MASK_PD != 0 && attr.parent_domain.is_null() {
+            return Err(EINVAL);
+        }
         if !known || attr.wc_flags & !cq_ex::SUPPORTED_WC_FLAGS != 0 {
             return Err(EOPNOTSUPP);
         }
+        let timed = attr.wc_flags & !u64::from(IBV_WC_STANDARD_FLAGS) != 0;
+        let (cqe, user, vector) = (attr.cqe, attr.cq_context, attr.comp_vector);
         // SAFETY: called through a live context, with its channel or NULL.
-        unsafe { create(context, attr.cqe, attr.cq_context, attr.channel, attr.comp_vector, cq_ex::install) }
+        unsafe { create(context, cqe, user, attr.channel, vector, timed, cq_ex::install) }
+    })
+}
+
+/// # Safety
+/// `cq` is a live CQ of this library.
+pub unsafe extern "C" fn ibv_resize_cq(cq: *mut ibv_cq, cqe: c_int) -> c_int {
+    guard::code(|| {
+        let cqe = u32::try_from(cqe).map_err(|_| EINVAL)?;
+        // SAFETY: the caller's promise.
+        unsafe { Cq::of(cq) }.rust.core.resize(cqe)?;
+        // SAFETY: a field of a live C structure.
+        unsafe { (*cq).cqe = cqe as c_int };
+        Ok(())
+    })
+}
+
+/// Behind the inline ibv_modify_cq. An event for each completion is all there is (`cq_mod_caps` say so): no moderation.
+pub unsafe extern "C" fn modify(_: *mut ibv_cq, attr: *mut ibv_modify_cq_attr) -> c_int {
+    guard::code(|| {
+        // SAFETY: the program passes its attributes.
+        let attr = unsafe { &*attr };
+        if attr.attr_mask != IBV_CQ_ATTR_MODERATE {
+            return Err(EINVAL);
+        }
+        if attr.moderate.cq_count > 1 || attr.moderate.cq_period > 0 { Err(EOPNOTSUPP) } else { Ok(()) }
     })
 }
 

@@ -10,18 +10,45 @@ use std::cell::UnsafeCell;
 use std::ffi::{c_int, c_uint};
 
 /// `wc_flags` of create_cq_ex that are built.
-pub const SUPPORTED_WC_FLAGS: u64 = IBV_WC_STANDARD_FLAGS as u64;
+pub const SUPPORTED_WC_FLAGS: u64 = (IBV_WC_STANDARD_FLAGS
+    | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP
+    | IBV_WC_EX_WITH_COMPLETION_TIMESTAMP_WALLCLOCK) as u64;
 
 /// The completion being read, and who may read it.
 pub struct Cursor {
     mutex: UnsafeCell<libc::pthread_mutex_t>,
     current: UnsafeCell<Wc>,
+    /// When it was taken, by the clock that ibv_query_rt_values_ex reads and by that of the day, in nanoseconds.
+    taken: UnsafeCell<Taken>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Taken {
+    wanted: bool,
+    raw: u64,
+    wallclock: u64,
+}
+
+/// Nanoseconds of a clock.
+pub fn now(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a place for the answer.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+impl Taken {
+    fn now() -> Self {
+        Self { wanted: true, raw: now(libc::CLOCK_MONOTONIC), wallclock: now(libc::CLOCK_REALTIME) }
+    }
 }
 
 impl Cursor {
-    pub fn new() -> Self {
+    /// `timed`: completions carry the time at which they were taken.
+    pub fn new(timed: bool) -> Self {
         let mutex = UnsafeCell::new(libc::PTHREAD_MUTEX_INITIALIZER);
-        Self { mutex, current: UnsafeCell::new(Wc::default()) }
+        let taken = UnsafeCell::new(Taken { wanted: timed, ..Taken::default() });
+        Self { mutex, current: UnsafeCell::new(Wc::default()), taken }
     }
 }
 
@@ -37,6 +64,11 @@ unsafe fn advance(cq: *mut ibv_cq_ex) -> c_int {
     // SAFETY: the caller's promise.
     if unsafe { Cq::of(cq) }.rust.core.poll(std::slice::from_mut(current)) == 0 {
         return libc::ENOENT;
+    }
+    // SAFETY: the critical section makes this thread the only user.
+    let taken = unsafe { &mut *cursor.taken.get() };
+    if taken.wanted {
+        *taken = Taken::now();
     }
     // SAFETY: a field of a live C structure.
     unsafe { (*cq).status = current.status };
@@ -104,6 +136,27 @@ readers! {
     read_dlid_path_bits -> u8 = dlid_path_bits;
 }
 
+/// When the completion being read was taken.
+///
+/// # Safety
+/// As for [`current`].
+unsafe fn taken(cq: *mut ibv_cq_ex) -> Taken {
+    // SAFETY: the caller's promise.
+    let cursor = unsafe { &Cq::of(cq).rust.cursor };
+    // SAFETY: only advance changes it, in the same critical section.
+    unsafe { *cursor.taken.get() }
+}
+
+unsafe extern "C" fn read_completion_ts(cq: *mut ibv_cq_ex) -> u64 {
+    // SAFETY: called after a successful poll, as the C API demands.
+    unsafe { taken(cq) }.raw
+}
+
+unsafe extern "C" fn read_completion_wallclock_ns(cq: *mut ibv_cq_ex) -> u64 {
+    // SAFETY: called after a successful poll, as the C API demands.
+    unsafe { taken(cq) }.wallclock
+}
+
 /// Points the functions of an extended CQ to ours. Those of refused wc_flags stay NULL, as with every provider.
 pub fn install(ex: &mut ibv_cq_ex) {
     ex.start_poll = Some(start_poll);
@@ -119,4 +172,6 @@ pub fn install(ex: &mut ibv_cq_ex) {
     ex.read_slid = Some(read_slid);
     ex.read_sl = Some(read_sl);
     ex.read_dlid_path_bits = Some(read_dlid_path_bits);
+    ex.read_completion_ts = Some(read_completion_ts);
+    ex.read_completion_wallclock_ns = Some(read_completion_wallclock_ns);
 }

@@ -1,6 +1,7 @@
 //! The device list: one device, `ff0`, where a router answers; none otherwise.
 
 use crate::guard;
+use crate::imports::Exports;
 use crate::object::Object;
 use crate::{context, query};
 use freeflow_core::client;
@@ -9,6 +10,7 @@ use freeflow_verbs_abi::*;
 use std::ffi::{c_char, c_int};
 use std::mem::{size_of, zeroed};
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 const NAME: &str = "ff0";
@@ -78,6 +80,15 @@ pub unsafe extern "C" fn ibv_free_device_list(list: *mut *mut ibv_device) {
     });
 }
 
+/// Takes a reference for a context.
+///
+/// # Safety
+/// `device` is live.
+pub unsafe fn hold(device: *mut ibv_device) {
+    // SAFETY: the caller's promise.
+    unsafe { Device::of(device) }.rust.references.fetch_add(1, Ordering::Relaxed);
+}
+
 /// Gives back a reference to a device: lists and contexts hold one each.
 ///
 /// # Safety
@@ -97,8 +108,10 @@ pub unsafe extern "C" fn ibv_open_device(device: *mut ibv_device) -> *mut ibv_co
     guard::pointer(|| {
         let core = client::Context::open()?;
         // SAFETY: the caller's promise.
-        unsafe { Device::of(device) }.rust.references.fetch_add(1, Ordering::Relaxed);
-        Ok(context::create(device, core))
+        unsafe { hold(device) };
+        let (live, (exports, cmd_fd)) = (Arc::default(), Exports::new()?);
+        exports.offer(device, &core, &live);
+        Ok(context::create(device, core, live, exports, cmd_fd))
     })
 }
 

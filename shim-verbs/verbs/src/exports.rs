@@ -7,6 +7,7 @@ pub use crate::cq::*;
 pub use crate::device::*;
 pub use crate::events::*;
 pub use crate::fork::*;
+pub use crate::imports::*;
 pub use crate::marshal::*;
 pub use crate::mr::*;
 pub use crate::pd::*;

@@ -1,11 +1,12 @@
-//! Protection domains.
+//! Protection domains, and the thread and parent domains that stand for them.
 
 use crate::context::Context;
-use crate::guard;
+use crate::guard::{self, EINVAL};
 use crate::object::{Live, Object, Users, next_handle};
 use freeflow_core::client;
 use freeflow_verbs_abi::*;
 use std::ffi::c_int;
+use std::ptr;
 use std::sync::Arc;
 
 pub struct Rust {
@@ -14,9 +15,30 @@ pub struct Rust {
     pub users: Users,
     /// Where QPs of this PD are entered.
     pub live: Arc<Live>,
+    /// Of a parent domain: the PD and the thread domain it was made with.
+    parent: *mut ibv_pd,
+    thread: *mut ibv_td,
 }
 
 pub type Pd = Object<ibv_pd, Rust>;
+
+/// The C side of a PD.
+pub fn create(context: *mut ibv_context, core: Arc<client::Pd>, handle: u32) -> *mut ibv_pd {
+    wrap(context, core, handle, ptr::null_mut(), ptr::null_mut())
+}
+
+fn wrap(
+    context: *mut ibv_context,
+    core: Arc<client::Pd>,
+    handle: u32,
+    parent: *mut ibv_pd,
+    thread: *mut ibv_td,
+) -> *mut ibv_pd {
+    // SAFETY: callers pass a live context.
+    let live = Arc::clone(&unsafe { Context::of_ibv(context) }.rust.live);
+    let users = Users::default();
+    Pd::alloc(ibv_pd { context, handle }, Rust { core, users, live, parent, thread })
+}
 
 /// # Safety
 /// `context` is a live context of this library.
@@ -25,8 +47,9 @@ pub unsafe extern "C" fn ibv_alloc_pd(context: *mut ibv_context) -> *mut ibv_pd 
         // SAFETY: the caller's promise.
         let device = unsafe { &Context::of_ibv(context).rust };
         let core = device.core.alloc_pd()?;
-        let live = Arc::clone(&device.live);
-        Ok(Pd::alloc(ibv_pd { context, handle: next_handle() }, Rust { core, users: Users::default(), live }))
+        let handle = next_handle();
+        device.exports.offer_pd(handle, &core);
+        Ok(create(context, core, handle))
     })
 }
 
@@ -35,9 +58,81 @@ pub unsafe extern "C" fn ibv_alloc_pd(context: *mut ibv_context) -> *mut ibv_pd 
 pub unsafe extern "C" fn ibv_dealloc_pd(pd: *mut ibv_pd) -> c_int {
     guard::code(|| {
         // SAFETY: the caller's promise.
-        unsafe { Pd::of(pd) }.rust.users.check_none()?;
+        let rust = unsafe { &Pd::of(pd).rust };
+        rust.users.check_none()?;
+        let (parent, thread) = (rust.parent, rust.thread);
+        if parent.is_null() {
+            // SAFETY: the live C structure, copied.
+            let c = unsafe { pd.read() };
+            // SAFETY: a PD keeps its context alive.
+            unsafe { Context::of_ibv(c.context) }.rust.exports.withdraw_pd(c.handle);
+        }
         // SAFETY: the C API forbids any use after this.
         unsafe { Pd::free(pd) };
+        if !parent.is_null() {
+            // SAFETY: a parent domain keeps its PD alive.
+            unsafe { Pd::of(parent) }.rust.users.sub();
+        }
+        if !thread.is_null() {
+            // SAFETY: and its thread domain.
+            unsafe { Td::of(thread) }.rust.sub();
+        }
         Ok(())
+    })
+}
+
+/// A thread domain: a promise that objects are used by one thread, of which nothing here needs to make use (locks are spun
+/// for, not slept on, and free of contention cost a store).
+pub type Td = Object<ibv_td, Users>;
+
+/// Behind the inline ibv_alloc_td.
+pub unsafe extern "C" fn alloc_td(context: *mut ibv_context, attr: *mut ibv_td_init_attr) -> *mut ibv_td {
+    guard::pointer(|| {
+        // SAFETY: the program passes its attributes.
+        if unsafe { (*attr).comp_mask } != 0 {
+            return Err(EINVAL);
+        }
+        Ok(Td::alloc(ibv_td { context }, Users::default()))
+    })
+}
+
+pub unsafe extern "C" fn dealloc_td(td: *mut ibv_td) -> c_int {
+    guard::code(|| {
+        // SAFETY: called with a live thread domain.
+        unsafe { Td::of(td) }.rust.check_none()?;
+        // SAFETY: the C API forbids any use after this.
+        unsafe { Td::free(td) };
+        Ok(())
+    })
+}
+
+/// Behind the inline ibv_alloc_parent_domain: another name for a PD. The program's allocators are for buffers of the
+/// provider's; queues here lie in memory that the router made and that peers map, so they are never called.
+pub unsafe extern "C" fn alloc_parent_domain(
+    context: *mut ibv_context,
+    attr: *mut ibv_parent_domain_init_attr,
+) -> *mut ibv_pd {
+    guard::pointer(|| {
+        // SAFETY: the program passes its attributes.
+        let attr = unsafe { &*attr };
+        let known = IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS | IBV_PARENT_DOMAIN_INIT_ATTR_PD_CONTEXT;
+        let allocators = attr.comp_mask & IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS != 0;
+        if attr.pd.is_null()
+            || attr.comp_mask & !known != 0
+            || (allocators && (attr.alloc.is_none() || attr.free.is_none()))
+        {
+            return Err(EINVAL);
+        }
+        // SAFETY: the program names a live PD.
+        let parent = unsafe { Pd::of(attr.pd) };
+        parent.rust.users.add();
+        if !attr.td.is_null() {
+            // SAFETY: the program names a live thread domain.
+            unsafe { Td::of(attr.td) }.rust.add();
+        }
+        let core = Arc::clone(&parent.rust.core);
+        // SAFETY: a field of a live C structure.
+        let handle = unsafe { (*attr.pd).handle };
+        Ok(wrap(context, core, handle, attr.pd, attr.td))
     })
 }

@@ -1,7 +1,9 @@
 //! What the device says about itself: honest limits, one port, one GID, one partition key.
 
 use crate::context;
-use crate::guard::{self, EINVAL, EOPNOTSUPP, Result};
+use crate::cq_ex;
+use crate::dm;
+use crate::guard::{self, EINVAL, EOPNOTSUPP, Errno, Result};
 use freeflow_core::client;
 use freeflow_core::verbs::{Gid, limits};
 use freeflow_verbs_abi::*;
@@ -16,6 +18,8 @@ const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 /// The default partition, full membership.
 const PKEY: u16 = 0xffff;
 const PORT: u8 = 1;
+/// Entries of the GID table: the container's address, and an empty one, as on every NIC.
+const GIDS: u32 = 2;
 
 /// The GUID programs see, in network byte order: the GID's last eight bytes, marked locally administered (never zero).
 pub fn guid(gid: Gid) -> __be64 {
@@ -24,6 +28,11 @@ pub fn guid(gid: Gid) -> __be64 {
     bytes[0] |= 2;
     u64::from_ne_bytes(bytes)
 }
+
+/// IBV_DEVICE_ATOMIC_WRITE of `device_cap_flags_ex`, which does not fit into the enumeration's type.
+const ATOMIC_WRITE_CAP: u64 = 1 << 40;
+const ODP_MESSAGES: u32 = IBV_ODP_SUPPORT_SEND | IBV_ODP_SUPPORT_RECV | IBV_ODP_SUPPORT_SRQ_RECV;
+const ODP_ALL: u32 = ODP_MESSAGES | IBV_ODP_SUPPORT_WRITE | IBV_ODP_SUPPORT_READ | IBV_ODP_SUPPORT_ATOMIC;
 
 fn int(limit: u32) -> c_int {
     c_int::try_from(limit).unwrap_or(c_int::MAX)
@@ -104,10 +113,44 @@ pub unsafe extern "C" fn device_ex(
         let none: ibv_device_attr_ex = unsafe { zeroed() };
         // SAFETY: called through a live context.
         let orig_attr = device_attr(unsafe { context::core(context) });
-        let device_cap_flags_ex = u64::from(orig_attr.device_cap_flags);
-        let answer = ibv_device_attr_ex { orig_attr, device_cap_flags_ex, phys_port_cnt_ex: 1, ..none };
+        let device_cap_flags_ex = u64::from(orig_attr.device_cap_flags) | ATOMIC_WRITE_CAP;
+        let answer = ibv_device_attr_ex {
+            orig_attr,
+            device_cap_flags_ex,
+            phys_port_cnt_ex: 1,
+            odp_caps: ibv_odp_caps {
+                general_caps: u64::from(IBV_ODP_SUPPORT | IBV_ODP_SUPPORT_IMPLICIT),
+                per_transport_caps: ibv_odp_caps__bindgen_ty_1 {
+                    rc_odp_caps: ODP_ALL,
+                    uc_odp_caps: ODP_MESSAGES | IBV_ODP_SUPPORT_WRITE,
+                    ud_odp_caps: ODP_MESSAGES,
+                },
+            },
+            xrc_odp_caps: ODP_ALL,
+            // Nanoseconds since the machine started.
+            completion_timestamp_mask: u64::MAX,
+            hca_core_clock: 1_000_000,
+            max_dm_size: dm::MAX,
+            ..none
+        };
         // SAFETY: the caller has `size` bytes there.
         unsafe { copy_sized(&answer, attr, size) };
+        Ok(())
+    })
+}
+
+/// Behind the inline ibv_query_rt_values_ex: the clock of completion timestamps.
+pub unsafe extern "C" fn rt_values(_: *mut ibv_context, values: *mut ibv_values_ex) -> c_int {
+    guard::code(|| {
+        // SAFETY: the program passes its structure.
+        let values = unsafe { &mut *values };
+        if values.comp_mask & !IBV_VALUES_MASK_RAW_CLOCK != 0 {
+            return Err(EOPNOTSUPP);
+        }
+        let now = cq_ex::now(libc::CLOCK_MONOTONIC);
+        // As clock ticks, in the field for seconds' fractions: that is how every provider tells them.
+        values.raw_clock = libc::timespec { tv_sec: 0, tv_nsec: now as i64 };
+        values.comp_mask = IBV_VALUES_MASK_RAW_CLOCK;
         Ok(())
     })
 }
@@ -134,7 +177,7 @@ fn port_attr(core: &client::Context, port: u32) -> Result<ibv_port_attr> {
         state: IBV_PORT_ACTIVE,
         max_mtu: IBV_MTU_4096,
         active_mtu: IBV_MTU_4096,
-        gid_tbl_len: 1,
+        gid_tbl_len: GIDS as c_int,
         port_cap_flags: IBV_PORT_CM_SUP | IBV_PORT_IP_BASED_GIDS,
         max_msg_sz: limits::MESSAGE as u32,
         pkey_tbl_len: 1,
@@ -193,9 +236,9 @@ pub unsafe extern "C" fn ibv_query_gid(
     gid: *mut ibv_gid,
 ) -> c_int {
     guard::number(|| {
-        check_entry(port.into(), index as u32)?;
+        let filled = gid_index(port.into(), index as u32)?;
         // SAFETY: the caller's promise.
-        let raw = unsafe { context::core(context) }.gid().0;
+        let raw = if filled { unsafe { context::core(context) }.gid().0 } else { [0; 16] };
         // SAFETY: the caller's promise.
         unsafe { gid.write(ibv_gid { raw }) };
         Ok(0)
@@ -205,6 +248,11 @@ pub unsafe extern "C" fn ibv_query_gid(
 /// The port and index of the one entry the GID and P_Key tables have.
 fn check_entry(port: u32, index: u32) -> Result<()> {
     if port == u32::from(PORT) && index == 0 { Ok(()) } else { Err(EINVAL) }
+}
+
+/// Is this entry of the GID table filled?
+fn gid_index(port: u32, index: u32) -> Result<bool> {
+    if port == u32::from(PORT) && index < GIDS { Ok(index == 0) } else { Err(EINVAL) }
 }
 
 /// The private function ibv_devinfo and pyverbs import.
@@ -218,10 +266,10 @@ pub unsafe extern "C" fn ibv_query_gid_type(
     kind: *mut ibv_gid_type,
 ) -> c_int {
     guard::number(|| {
-        check_entry(port.into(), index)?;
-        // Its own enumeration: 0 is IB and RoCE v1 alike, 1 is RoCE v2.
+        // Its own enumeration: 0 is IB and RoCE v1 alike, and what an empty entry has, 1 is RoCE v2.
+        let filled = gid_index(port.into(), index)?;
         // SAFETY: the caller's promise.
-        unsafe { kind.write(1) };
+        unsafe { kind.write(filled.into()) };
         Ok(0)
     })
 }
@@ -248,7 +296,9 @@ pub unsafe extern "C" fn _ibv_query_gid_ex(
     entry_size: usize,
 ) -> c_int {
     guard::code(|| {
-        check_entry(port, index)?;
+        if !gid_index(port, index)? {
+            return Err(Errno(libc::ENODATA));
+        }
         if flags != 0 || entry_size < size_of::<ibv_gid_entry>() {
             return Err(EINVAL);
         }

@@ -23,7 +23,8 @@ pub const SUPPORTED_OPS: u64 = (IBV_QP_EX_WITH_RDMA_WRITE
     | IBV_QP_EX_WITH_SEND_WITH_IMM
     | IBV_QP_EX_WITH_RDMA_READ
     | IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP
-    | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD) as u64;
+    | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD
+    | IBV_QP_EX_WITH_ATOMIC_WRITE) as u64;
 
 /// The collection of one QP. Its lock, held from wr_start to wr_complete or wr_abort, is only met by threads that share the
 /// QP: they yield.
@@ -64,7 +65,8 @@ impl Builder {
             entries: Vec::with_capacity(wrs),
             // inline data takes an entry too, even where a request may have none
             sges: Vec::with_capacity(wrs * max_sge.max(1)),
-            inline: Vec::with_capacity(wrs * max_inline),
+            // an atomic write's value is taken like inline data
+            inline: Vec::with_capacity(wrs * max_inline.max(8)),
             error: 0,
         };
         Self { batch: SpinMutex::new(batch), ops, max_sge, max_inline }
@@ -235,6 +237,16 @@ unsafe extern "C" fn wr_atomic_fetch_add(qp: *mut ibv_qp_ex, rkey: u32, addr: u6
     unsafe { begin(qp, op, Target::Atomic { addr, rkey, compare_add, swap: 0 }, 0) }
 }
 
+/// The eight bytes are taken now.
+unsafe extern "C" fn wr_atomic_write(qp: *mut ibv_qp_ex, rkey: u32, addr: u64, atomic_wr: *const c_void) {
+    let op = (SendOp::AtomicWrite, IBV_QP_EX_WITH_ATOMIC_WRITE);
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, Target::Memory { addr, rkey }, 0) };
+    // SAFETY: as above.
+    let (builder, batch) = unsafe { batch(qp) };
+    batch.set_inline(&[ibv_data_buf { addr: atomic_wr.cast_mut(), length: 8 }], builder.max_inline.max(8));
+}
+
 unsafe extern "C" fn wr_set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, remote_qpn: u32, remote_qkey: u32) {
     // SAFETY: called through a live QP, as the C API demands.
     let (_, batch) = unsafe { batch(qp) };
@@ -357,7 +369,7 @@ pub fn install(ex: &mut ibv_qp_ex) {
     ex.wr_send_inv = Some(unbuilt_u32);
     ex.wr_set_xrc_srqn = Some(wr_set_xrc_srqn);
     ex.wr_send_tso = Some(unbuilt_tso);
-    ex.wr_atomic_write = Some(unbuilt_atomic_write);
+    ex.wr_atomic_write = Some(wr_atomic_write);
 }
 
 /// What fills the place of functions that newer releases of rdma-core append to `ibv_qp_ex`.
@@ -374,11 +386,6 @@ unsafe extern "C" fn unbuilt_bind_mw(qp: *mut ibv_qp_ex, _: *mut ibv_mw, _: u32,
 }
 
 unsafe extern "C" fn unbuilt_tso(qp: *mut ibv_qp_ex, _: *mut c_void, _: u16, _: u16) {
-    // SAFETY: called through a live QP, as the C API demands.
-    unsafe { unbuilt(qp) }
-}
-
-unsafe extern "C" fn unbuilt_atomic_write(qp: *mut ibv_qp_ex, _: u32, _: u64, _: *const c_void) {
     // SAFETY: called through a live QP, as the C API demands.
     unsafe { unbuilt(qp) }
 }

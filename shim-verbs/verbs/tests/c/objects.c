@@ -25,14 +25,15 @@ static void queries(struct ibv_context *context)
 	struct ibv_device_attr_ex ex;
 	memset(&ex, 0xff, sizeof ex);
 	CHECK(ibv_query_device_ex(context, NULL, &ex) == 0);
-	CHECK(ex.phys_port_cnt_ex == 1 && ex.max_dm_size == 0 && ex.odp_caps.general_caps == 0);
+	CHECK(ex.phys_port_cnt_ex == 1 && ex.max_dm_size > 0 && ex.odp_caps.general_caps & IBV_ODP_SUPPORT);
+	CHECK(ex.tso_caps.max_tso == 0 && ex.rss_caps.supported_qpts == 0 && ex.raw_packet_caps == 0);
 	CHECK(ex.orig_attr.node_guid == attr.node_guid && ex.orig_attr.max_qp == attr.max_qp);
 	CHECK(ex.orig_attr.max_mr_size == attr.max_mr_size && ex.orig_attr.vendor_id == attr.vendor_id);
 
 	struct ibv_port_attr port;
 	memset(&port, 0xff, sizeof port);
 	CHECK(ibv_query_port(context, 1, &port) == 0);
-	CHECK(port.state == IBV_PORT_ACTIVE && port.link_layer == IBV_LINK_LAYER_ETHERNET && port.gid_tbl_len == 1);
+	CHECK(port.state == IBV_PORT_ACTIVE && port.link_layer == IBV_LINK_LAYER_ETHERNET && port.gid_tbl_len == 2);
 	CHECK(port.port_cap_flags2 == 0);
 	CHECK(ibv_query_port(context, 2, &port) == EINVAL);
 	/* the function, as old programs call it, writes 48 bytes */
@@ -45,7 +46,7 @@ static void queries(struct ibv_context *context)
 	union ibv_gid gid;
 	struct ibv_gid_entry entry, table[2];
 	CHECK(ibv_query_gid(context, 1, 0, &gid) == 0);
-	CHECK(ibv_query_gid(context, 1, 1, &gid) == -1);
+	CHECK(ibv_query_gid(context, 1, 2, &gid) == -1);
 	CHECK(ibv_query_gid_ex(context, 1, 0, &entry, 0) == 0);
 	CHECK(entry.gid_type == IBV_GID_TYPE_ROCE_V2 && !memcmp(&entry.gid, &gid, 16));
 	CHECK(ibv_query_gid_table(context, table, 2, 0) == 1);
@@ -81,7 +82,7 @@ static void busy(struct ibv_context *context)
 	/* remote rights need the local one; optional bits are optional */
 	CHECK_NULL(ibv_reg_mr(pd, buffer, 64, IBV_ACCESS_REMOTE_WRITE), EINVAL);
 	mr = ibv_reg_mr(pd, buffer, 64, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_RELAXED_ORDERING);
-	CHECK(mr && ibv_rereg_mr(mr, IBV_REREG_MR_CHANGE_ACCESS, pd, NULL, 0, 0) == -1 && ibv_dereg_mr(mr) == 0);
+	CHECK(mr && ibv_rereg_mr(mr, IBV_REREG_MR_CHANGE_ACCESS, pd, NULL, 0, 0) == 0 && ibv_dereg_mr(mr) == 0);
 
 	struct ibv_comp_channel *channel = ibv_create_comp_channel(context);
 	CHECK(channel && channel->context == context && channel->fd >= 0 && channel->refcnt == 0);
@@ -139,12 +140,7 @@ static void unbuilt(struct ibv_context *context)
 	CHECK(pd && cq);
 	CHECK_NULL(ibv_alloc_mw(pd, IBV_MW_TYPE_1), EOPNOTSUPP);
 	CHECK_NULL(ibv_alloc_null_mr(pd), EOPNOTSUPP);
-	CHECK_NULL(ibv_alloc_dm(context, NULL), EOPNOTSUPP);
-	CHECK_NULL(ibv_alloc_td(context, NULL), EOPNOTSUPP);
-	CHECK_NULL(ibv_alloc_parent_domain(context, NULL), EOPNOTSUPP);
 	CHECK_NULL(ibv_reg_dmabuf_mr(pd, 0, 64, 0, 0, 0), EOPNOTSUPP);
-	CHECK_NULL(ibv_import_device(0), EOPNOTSUPP);
-	CHECK(ibv_resize_cq(cq, 20) == EOPNOTSUPP);
 	struct ibv_cq_init_attr_ex cq_attr = { .cqe = 10, .wc_flags = IBV_WC_EX_WITH_CVLAN };
 	CHECK_NULL(ibv_create_cq_ex(context, &cq_attr), EOPNOTSUPP);
 	struct ibv_qp_init_attr_ex qp_attr = { .send_cq = cq, .recv_cq = cq, .qp_type = IBV_QPT_RC, .pd = pd,
