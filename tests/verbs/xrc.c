@@ -71,7 +71,8 @@ static void open_target(void)
 	}
 }
 
-static void rise(struct side *s, bool target)
+/* Each end is given the attributes of both directions, and takes its own. */
+static void rise(struct side *s)
 {
 	struct ibv_qp_attr t = { .qp_state = IBV_QPS_INIT, .port_num = port_num, .qp_access_flags = ALL_ACCESS };
 
@@ -81,10 +82,10 @@ static void rise(struct side *s, bool target)
 				  .ah_attr = { .is_global = 1, .port_num = port_num, .grh = { .sgid_index = (uint8_t)gid_index, .hop_limit = 64 } } };
 	memcpy(&t.ah_attr.grh.dgid, s->peer.gid, 16);
 	OK(ibv_modify_qp(s->qp, &t, IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN |
-					    (target ? IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER : 0)));
+					    IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER));
 	t = (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTS, .timeout = 16, .retry_cnt = 7, .rnr_retry = 7, .max_rd_atomic = 1 };
 	OK(ibv_modify_qp(s->qp, &t, IBV_QP_STATE | IBV_QP_SQ_PSN | IBV_QP_TIMEOUT |
-					    (target ? 0 : IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC)));
+					    IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC));
 }
 
 static void open_sides(bool extended)
@@ -106,9 +107,9 @@ static void open_sides(bool extended)
 		swap_bytes(&s->me, &s->peer, sizeof(s->me));
 	}
 	if (is_a)
-		rise(&a, false);
+		rise(&a);
 	if (is_b)
-		rise(&b, true);
+		rise(&b);
 	sync_ends();
 }
 

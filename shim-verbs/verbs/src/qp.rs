@@ -231,15 +231,26 @@ pub unsafe extern "C" fn ibv_qp_to_qp_ex(qp: *mut ibv_qp) -> *mut ibv_qp_ex {
     if extended { qp.cast() } else { std::ptr::null_mut() }
 }
 
+/// Attributes of the direction that one end of an XRC connection has not. Programs set them for both ends alike (perftest
+/// does), and Linux takes no notice of them either.
+fn passed_over(kind: QpType) -> QpAttrMask {
+    match kind {
+        QpType::XrcSend => QpAttrMask::MAX_DEST_RD_ATOMIC | QpAttrMask::MIN_RNR_TIMER,
+        QpType::XrcRecv => QpAttrMask::MAX_QP_RD_ATOMIC | QpAttrMask::RETRY_CNT | QpAttrMask::RNR_RETRY,
+        _ => QpAttrMask::empty(),
+    }
+}
+
 /// # Safety
 /// `qp` is a live QP of this library and `attr` points to attributes.
 pub unsafe extern "C" fn ibv_modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, attr_mask: c_int) -> c_int {
     guard::code(|| {
-        let mask = mask_from_c(attr_mask)?;
+        // SAFETY: the caller's promise.
+        let rust = unsafe { &Qp::of(qp).rust };
+        let mask = mask_from_c(attr_mask)?.difference(passed_over(rust.kind));
         // SAFETY: the caller's promise.
         let new = qp_attr_from_c(unsafe { &*attr }, mask)?;
-        // SAFETY: the caller's promise.
-        unsafe { Qp::of(qp) }.rust.core.modify(&new, mask)?;
+        rust.core.modify(&new, mask)?;
         if mask.contains(QpAttrMask::STATE) {
             // SAFETY: a field of a live C structure.
             unsafe { (*qp).state = new.qp_state as u32 };

@@ -33,6 +33,7 @@ pub enum Check {
 use Check::{NeverSays, Says, Sizes};
 
 const ALL: Check = Sizes(2, 8 << 20);
+const PINGPONG: [Check; 2] = [Says("1000 iters in"), NeverSays("invalid data")];
 /// rping prints each ping's text; the number is part of it.
 const RPING: [Check; 2] = [Says("rdma-ping-9"), NeverSays("data mismatch")];
 
@@ -58,12 +59,27 @@ impl Client {
 }
 
 pub fn all() -> Vec<Client> {
-    [devices(), pingpongs(), perftest(), atomics(), rdma_cm(), qperf(), fio()].concat()
+    [anywhere(), xrc()].concat()
 }
 
 /// Those with a server, which may be on another host.
 pub fn pairs() -> Vec<Client> {
-    all().into_iter().filter(|client| client.server.is_some()).collect()
+    anywhere().into_iter().filter(|client| client.server.is_some()).collect()
+}
+
+fn anywhere() -> Vec<Client> {
+    [
+        devices(),
+        pingpongs(),
+        perftest(),
+        unreliable(),
+        shared_receives(),
+        atomics(),
+        rdma_cm(),
+        qperf(),
+        fio(),
+    ]
+    .concat()
 }
 
 fn devices() -> Vec<Client> {
@@ -74,13 +90,12 @@ fn devices() -> Vec<Client> {
 }
 
 fn pingpongs() -> Vec<Client> {
-    let rc = [Says("1000 iters in"), NeverSays("invalid data")];
     vec![
-        Client::same("ibv_rc_pingpong", &rc),
-        Client::same("ibv_rc_pingpong -g 0", &rc),
-        Client::same("ibv_rc_pingpong -g 0 -e", &rc),
-        Client::same("ibv_rc_pingpong -g 0 -c", &rc),
-        Client::same("ibv_rc_pingpong -g 0 -c -e -s 1000000", &rc),
+        Client::same("ibv_rc_pingpong", &PINGPONG),
+        Client::same("ibv_rc_pingpong -g 0", &PINGPONG),
+        Client::same("ibv_rc_pingpong -g 0 -e", &PINGPONG),
+        Client::same("ibv_rc_pingpong -g 0 -c", &PINGPONG),
+        Client::same("ibv_rc_pingpong -g 0 -c -e -s 1000000", &PINGPONG),
         Client::same("ibv_ud_pingpong -g 0", &[Says("1000 iters in")]),
     ]
 }
@@ -104,6 +119,36 @@ fn perftest() -> Vec<Client> {
     }
     list.push(Client::same("ib_send_bw -F -c UD -s 1024 -n 1000", &[Sizes(1024, 1024)]));
     list.push(Client::same("ib_send_lat -F -c UD -s 1024 -n 1000", &[Sizes(1024, 1024)]));
+    list
+}
+
+fn unreliable() -> Vec<Client> {
+    vec![
+        Client::same("ibv_uc_pingpong -g 0", &PINGPONG),
+        Client::same("ib_write_bw -F -c UC -n 1000", &[Sizes(65536, 65536)]),
+        Client::same("ib_write_lat -F -c UC -n 1000", &[Sizes(2, 2)]),
+        // No more than the receives that perftest posts at first: what finds none is lost.
+        Client::same("ib_send_bw -F -c UC -n 500", &[Sizes(65536, 65536)]),
+        Client::same("ib_send_lat -F -c UC -n 1000", &[Sizes(2, 2)]),
+    ]
+}
+
+fn shared_receives() -> Vec<Client> {
+    vec![
+        Client::same("ibv_srq_pingpong -g 0", &PINGPONG),
+        Client::same("ibv_srq_pingpong -g 0 -e", &PINGPONG),
+        Client::same("ib_send_bw -F --use-srq -q 4 -n 1000", &[Sizes(65536, 65536)]),
+        Client::same("ib_send_lat -F --use-srq -n 1000", &[Sizes(2, 2)]),
+    ]
+}
+
+/// Not between hosts: docs/link.md.
+fn xrc() -> Vec<Client> {
+    let mut list = vec![Client::same("ibv_xsrq_pingpong -g 0", &[Says("success")])];
+    for verb in ["write", "read", "send"] {
+        list.push(Client::same(&format!("ib_{verb}_bw -F -c XRC -n 1000"), &[Sizes(65536, 65536)]));
+        list.push(Client::same(&format!("ib_{verb}_lat -F -c XRC -n 1000"), &[Sizes(2, 2)]));
+    }
     list
 }
 
