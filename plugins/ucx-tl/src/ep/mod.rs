@@ -194,6 +194,7 @@ impl Ep {
         }
         queue::cancel(self, status);
         self.iface().failed.borrow_mut().push((self.number, status));
+        self.iface().work.set(true);
     }
 
     /// Is the peer still there?

@@ -11,6 +11,7 @@ impl Ep {
         if self.pending.borrow().is_empty() {
             return;
         }
+        self.iface().work.set(true);
         let mut waiting = self.iface().waiting.borrow_mut();
         if !waiting.contains(&self.number) {
             waiting.push_back(self.number);

@@ -257,6 +257,7 @@ impl Ep {
     ) {
         let job = Job { ep: self.number, serial: self.serial, from, to, left, comp, _keep: keep };
         self.iface().jobs.borrow_mut().push_back(job);
+        self.iface().work.set(true);
         self.started.set(self.started.get() + 1);
     }
 }

@@ -105,6 +105,8 @@ pub struct Iface {
     pub connecting: Cell<u32>,
     /// Something goes by requests: the completion queue is worth a look each time.
     pub queued: Cell<bool>,
+    /// Something waits: pending requests, copies, bad news. Set by whoever adds it.
+    pub work: Cell<bool>,
     ticks: Cell<u32>,
     pub serials: Cell<u64>,
 }

@@ -18,7 +18,7 @@ use crate::uct::types::{Completion, Status, event};
 use crate::wire::{Datagram, kind};
 
 /// Calls between two looks at the completion queue while nothing is expected there.
-const SELDOM: u32 = 32;
+const SELDOM: u32 = 64;
 /// Looks at the queue between two looks for failed endpoints.
 const RARELY: u32 = 1024;
 /// Completions taken at a time.
@@ -37,7 +37,7 @@ pub unsafe extern "C" fn progress(iface: *mut c_void) -> c_uint {
             iface.look_for_failures();
         }
     }
-    if iface.has_work() {
+    if iface.work.get() {
         done += iface.work();
     }
     done
@@ -68,7 +68,9 @@ impl Iface {
             let Some(number) = self.waiting.borrow_mut().pop_front() else { break };
             done += self.ep(number).map_or(0, |ep| ep.dispatch());
         }
-        done + self.report_failures()
+        done += self.report_failures();
+        self.work.set(self.has_work());
+        done
     }
 
     fn poll_queue(&self) -> u32 {
