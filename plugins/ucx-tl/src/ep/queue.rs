@@ -135,11 +135,13 @@ impl Ep {
 
     /// A request without data or completion, to wake the peer.
     pub fn wake_peer(&self) {
-        self.send_unsignaled(&[]); // the queue is full: then earlier ones wake it
+        self.send_unsignaled(&[]);
     }
 
-    /// An inline SEND that nobody waits for.
+    /// An inline SEND that nobody waits for. Its place in the queue is free once it is polled, which may be long after it woke
+    /// the peer. If there is no room even then, so many are still on their way, and each wakes the peer.
     fn send_unsignaled(&self, sges: &[Sge]) {
+        while self.qp.send_room() == 0 && self.iface().take_completions() {}
         let flags = SendFlags::SOLICITED | SendFlags::INLINE;
         let request = Request { op: SendOp::Send, flags, imm: 0, target: Target::Receive, srqn: 0, sges };
         let _ = self.qp.post_send(&SendWr { wr_id: Event::None.pack(), request });
@@ -290,7 +292,8 @@ pub fn cancel(ep: &Ep, status: Status) {
     }
     let iface = ep.iface();
     let mut comps = Vec::new();
-    // The queue pair is closed: it has let go of all buffers, and its completions are gone.
+    // The queue pair is closed: it has let go of all buffers, and its completions go too.
+    iface.polled.borrow_mut().retain(|wc| wc.qp_num != ep.qp().qpn());
     iface.ops.borrow_mut().retain(|_, op| {
         let ours = op.ep == ep.number && op.serial == ep.serial;
         if ours {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use freeflow_core::client::{Channel, Cq, Mr, Qp, SendWr};
 use freeflow_core::exec::{Request, Target, UdDest};
-use freeflow_core::verbs::{Gid, SendFlags, SendOp, Sge};
+use freeflow_core::verbs::{Gid, SendFlags, SendOp, Sge, Wc};
 use slab::Slab;
 use zerocopy::IntoBytes;
 
@@ -105,7 +105,9 @@ pub struct Iface {
     pub connecting: Cell<u32>,
     /// Something goes by requests: the completion queue is worth a look each time.
     pub queued: Cell<bool>,
-    /// Something waits: pending requests, copies, bad news. Set by whoever adds it.
+    /// Completions that are to be handled. Those of an endpoint go with it.
+    pub polled: RefCell<VecDeque<Wc>>,
+    /// Something waits: pending requests, copies, completions, bad news. Set by whoever adds it.
     pub work: Cell<bool>,
     ticks: Cell<u32>,
     pub serials: Cell<u64>,

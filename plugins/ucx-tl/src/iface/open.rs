@@ -196,6 +196,7 @@ fn make(md: &Md, config: Config) -> freeflow_core::error::Result<Box<Iface>> {
         failed: Default::default(),
         connecting: Default::default(),
         queued: Default::default(),
+        polled: Default::default(),
         work: Default::default(),
         ticks: Default::default(),
         serials: Default::default(),

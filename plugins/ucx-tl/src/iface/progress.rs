@@ -58,11 +58,12 @@ impl Iface {
         !self.waiting.borrow().is_empty()
             || !self.jobs.borrow().is_empty()
             || !self.failed.borrow().is_empty()
+            || !self.polled.borrow().is_empty()
     }
 
     /// What could not be done at once: copies, pending requests, bad news.
     fn work(&self) -> u32 {
-        let mut done = queue::run_jobs(self);
+        let mut done = self.handle_taken() + queue::run_jobs(self);
         let waiting = self.waiting.borrow().len();
         for _ in 0..waiting {
             let Some(number) = self.waiting.borrow_mut().pop_front() else { break };
@@ -73,17 +74,38 @@ impl Iface {
         done
     }
 
-    fn poll_queue(&self) -> u32 {
+    /// Takes completions, which also frees the places of requests that want none. False: there were none.
+    pub fn take_completions(&self) -> bool {
         let mut batch = [Wc::default(); BATCH];
         let filled = self.cq.poll(&mut batch);
-        batch[..filled].iter().for_each(|wc| self.handle(wc));
+        if filled > 0 {
+            self.polled.borrow_mut().extend(&batch[..filled]);
+            self.work.set(true);
+        }
+        filled > 0
+    }
+
+    /// Handles what was taken, also by a sender, who must not be called back. One by one: a callback may destroy endpoints,
+    /// and their completions with them.
+    fn handle_taken(&self) -> u32 {
+        let mut done = 0;
+        loop {
+            let Some(wc) = self.polled.borrow_mut().pop_front() else { return done };
+            self.handle(&wc);
+            done += 1;
+        }
+    }
+
+    fn poll_queue(&self) -> u32 {
+        self.take_completions();
+        let done = self.handle_taken();
         if self.connecting.get() != 0 {
             self.repeat_requests();
         }
-        if self.ticks.get().is_multiple_of(RARELY) || filled > 0 {
+        if self.ticks.get().is_multiple_of(RARELY) || done > 0 {
             self.drop_ended();
         }
-        filled as u32
+        done
     }
 
     fn handle(&self, wc: &Wc) {
