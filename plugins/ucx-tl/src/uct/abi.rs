@@ -398,4 +398,73 @@ mod tests {
         let internal: Vec<usize> = TABLE.iter().map(|abi| abi.internal_ops.len() * 8).collect();
         assert_eq!(internal, [32, 40, 48, 56, 56, 56, 56, 80, 64, 80]);
     }
+
+    /// Run by `cargo xtask test`, which compiles tests/layout.c with the headers of Debian's source package.
+    #[test]
+    #[ignore = "needs FF_UCX_LAYOUT: what tests/layout.c printed"]
+    fn debian_has_the_first_row() {
+        use crate::iface::Config;
+        use crate::uct::types::{BaseIface, Completion, IfaceAttr, IfaceParams, Iov, PendingReq};
+        use std::mem::offset_of;
+
+        let path = std::env::var("FF_UCX_LAYOUT").expect("FF_UCX_LAYOUT names a file");
+        let text = std::fs::read_to_string(path).expect("readable");
+        let said: Vec<(&str, usize)> = text
+            .lines()
+            .map(|line| line.rsplit_once(' ').expect("a name and a number"))
+            .map(|(name, value)| (name, value.parse().expect("a number")))
+            .collect();
+        let md_op = |op| A13.md_ops.iter().position(|o| *o == op).expect("in the table") * 8;
+        let internal_op = |op| A13.internal_ops.iter().position(|o| *o == op).expect("in the table") * 8;
+        let ours = [
+            ("sizeof(uct_component_t)", A13.component.size),
+            ("uct_component_t.rkey_unpack", 40),
+            ("uct_component_t.md_config", A13.component.md_config),
+            ("uct_component_t.cm_config", A13.component.cm_config),
+            ("uct_component_t.tl_list", A13.component.tl_list),
+            ("uct_component_t.md_vfs_init", A13.component.md_vfs_init),
+            ("sizeof(uct_tl_t)", A13.tl.size),
+            ("uct_tl_t.query_devices", 16),
+            ("uct_tl_t.config", A13.tl.config),
+            ("sizeof(uct_md_ops_t)", A13.md_ops.len() * 8),
+            ("uct_md_ops_t.mem_alloc", md_op(MdOp::MemAlloc)),
+            ("uct_md_ops_t.mem_reg", md_op(MdOp::MemReg)),
+            ("uct_md_ops_t.mkey_pack", md_op(MdOp::MkeyPack)),
+            ("sizeof(uct_iface_internal_ops_t)", A13.internal_ops.len() * 8),
+            ("uct_iface_internal_ops_t.ep_invalidate", internal_op(InternalOp::Invalidate)),
+            ("sizeof(uct_md_attr_t)", A13.md_attr.size),
+            ("uct_md_attr_t.cap.flags", A13.md_attr.flags),
+            ("uct_md_attr_t.cap.alloc_mem_types", A13.md_attr.alloc_mem_types),
+            ("uct_md_attr_t.cap.access_mem_types", A13.md_attr.access_mem_types),
+            ("uct_md_attr_t.reg_cost", A13.md_attr.reg_cost),
+            ("uct_md_attr_t.rkey_packed_size", A13.md_attr.rkey_packed_size),
+            ("uct_md_attr_t.local_cpus", A13.md_attr.local_cpus),
+            ("sizeof(ucs_config_field_t)", A13.config_field),
+            ("uct_perf_attr_t.bandwidth", 48),
+            ("uct_perf_attr_t.latency", A13.perf.latency),
+            ("uct_perf_attr_t.max_inflight_eps", A13.perf.max_inflight_eps),
+            ("sizeof(uct_iface_ops_t)", 50 * 8),
+            ("uct_iface_ops_t.ep_am_zcopy", 9 * 8),
+            ("uct_iface_ops_t.ep_atomic64_fetch", 15 * 8),
+            ("uct_iface_ops_t.ep_pending_add", 24 * 8),
+            ("uct_iface_ops_t.ep_create", 29 * 8),
+            ("uct_iface_ops_t.ep_destroy", 33 * 8),
+            ("uct_iface_ops_t.iface_flush", 38 * 8),
+            ("uct_iface_ops_t.iface_close", 45 * 8),
+            ("uct_iface_ops_t.iface_is_reachable", 49 * 8),
+            ("sizeof(uct_base_iface_t)", size_of::<BaseIface>()),
+            ("uct_base_iface_t.am", offset_of!(BaseIface, am)),
+            ("sizeof(uct_base_ep_t)", 8),
+            ("sizeof(uct_iface_attr_t)", size_of::<IfaceAttr>()),
+            ("uct_iface_attr_t.overhead", offset_of!(IfaceAttr, overhead)),
+            ("uct_iface_attr_t.latency", offset_of!(IfaceAttr, latency)),
+            ("uct_iface_params_t.open_mode", offset_of!(IfaceParams, open_mode)),
+            ("sizeof(uct_iface_config_t)", offset_of!(Config, fifo_size)),
+            ("sizeof(uct_completion_t)", size_of::<Completion>()),
+            ("sizeof(uct_pending_req_t)", size_of::<PendingReq>()),
+            ("sizeof(uct_iov_t)", size_of::<Iov>()),
+            ("sizeof(ucs_status_t)", 1),
+        ];
+        assert_eq!(said, ours);
+    }
 }
