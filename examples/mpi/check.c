@@ -1,5 +1,6 @@
 /* An MPI program that checks what it receives: messages, collectives and one-sided operations, from 8 B to 4 MiB. */
 #include <mpi.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -105,6 +106,8 @@ int main(int argc, char **argv)
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     in = malloc(LARGEST + 4096), out = malloc(LARGEST + 4096);
     ring(in);
+    if (argc > 1 && strcmp(argv[1], "die") == 0 && rank == 1)
+        raise(SIGKILL); /* for trying what becomes of the others */
     collectives(in, out);
     one_sided(in);
     free(in), free(out);

@@ -57,6 +57,8 @@ enum Soak {
     Hostile(safety::Hostile),
     /// The router killed and started again at random instants under load
     Restart(safety::Restart),
+    /// Everything of the UCX transport, on every UCX release; FILTER selects as in test
+    Ucx { filter: Option<String> },
     /// Deregistration while a copier is stopped at each of its steps
     Revoke(safety::Revoke),
 }
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
         Command::Test { filter } => test::run(filter.as_deref()),
         Command::Dist { portable } => dist::run(portable),
         Command::Soak(Soak::Fresh) => soak::fresh(),
+        Command::Soak(Soak::Ucx { filter }) => test::ucx_matrix(filter.as_deref()),
         Command::Soak(Soak::Kill(args)) => safety::kill(&args),
         Command::Soak(Soak::Hostile(args)) => safety::hostile(&args),
         Command::Soak(Soak::Restart(args)) => safety::restart(&args),

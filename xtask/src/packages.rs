@@ -47,6 +47,17 @@ pub const BENCH: &[Package] = &[
     ("libc6-dev", "headers for them"),
     ("libibverbs-dev", "verbs headers, for the probes that use the device"),
 ];
+/// UCX and the MPIs over it.
+pub const UCX: &[Package] = &[
+    ("ucx-utils", "ucx_info and ucx_perftest"),
+    ("libucx-dev", "UCP's headers, for the example"),
+    ("openmpi-bin", "mpirun of OpenMPI"),
+    ("libopenmpi-dev", "mpicc of OpenMPI"),
+    ("mpich", "mpirun of MPICH"),
+    ("libmpich-dev", "mpicc of MPICH"),
+    ("python3-venv", "fetches PyPI's wheels of UCX and MPI"),
+    ("xz-utils", "unpacks UCX's source package"),
+];
 /// Allocators and runtimes whose programs register memory.
 pub const RUNTIMES: &[Package] = &[
     ("libjemalloc2", "a malloc that is not glibc's"),

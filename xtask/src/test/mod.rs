@@ -6,6 +6,7 @@ mod containers;
 mod examples;
 mod labs;
 mod operators;
+mod ucx;
 mod verbs_suite;
 
 use std::process::ExitCode;
@@ -61,6 +62,7 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
         packages::TESTS,
         packages::RUNTIMES,
         packages::VERBS_SUITE,
+        packages::UCX,
     ])?;
     let tree = dist::build()?;
     let chosen = |name: &str| filter.is_none_or(|f| name.contains(f));
@@ -83,6 +85,7 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     for (name, check) in operators::CHECKS.iter().filter(|(name, _)| chosen(name)) {
         tally.check(name, check);
     }
+    ucx::run(&mut tally, chosen);
     if chosen(containers::NAME) {
         tally.check(containers::NAME, containers::run);
     }
@@ -92,6 +95,16 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     if chosen(examples::HELLO) {
         tally.check(examples::HELLO, examples::hello);
     }
+    summary(&tally, filter, start)
+}
+
+/// `cargo xtask soak ucx`: all that is checked of the UCX transport, on every release that it knows.
+pub fn ucx_matrix(filter: Option<&str>) -> Result<ExitCode> {
+    let start = Instant::now();
+    packages::ensure(&[packages::LAB, packages::TESTS, packages::UCX])?;
+    dist::build()?;
+    let mut tally = Tally::default();
+    ucx::matrix(&mut tally, |name| filter.is_none_or(|f| name.contains(f)));
     summary(&tally, filter, start)
 }
 
