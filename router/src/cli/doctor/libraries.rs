@@ -26,6 +26,9 @@ pub fn check(args: &Args) -> Vec<Finding> {
     let mut findings: Vec<_> = wanted.iter().map(|library| present(&dist.libraries, library)).collect();
     let search = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     findings.push(first_found(&dist.libraries, std::env::split_paths(&search)));
+    if args.ucx {
+        findings.extend(super::ucx::check(&dist.libraries, |name| std::env::var(name).ok()));
+    }
     findings
 }
 

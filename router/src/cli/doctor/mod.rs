@@ -1,10 +1,11 @@
 //! `freeflow doctor`: why something does not work, in plain words, each finding with what to do.
 //!
-//! Owns the report. The checks are in `host` (this machine), `router` (the daemon) and `libraries` (the doors).
+//! Owns the report. The checks are in `host` (this machine), `router` (the daemon) and `libraries` (the doors) and `ucx` (that door's variables).
 
 mod host;
 mod libraries;
 mod router;
+mod ucx;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,7 +23,8 @@ Run it where programs fail: on the host, as `freeflow run -- freeflow doctor`, o
 
 Examples:
   freeflow doctor
-  freeflow doctor --json --verbs")]
+  freeflow doctor --json --verbs
+  freeflow run -- freeflow doctor --ucx")]
 pub struct Args {
     #[arg(long)]
     json: bool,
