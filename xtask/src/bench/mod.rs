@@ -12,6 +12,7 @@ mod probes;
 mod report;
 mod rounds;
 mod side;
+mod ucx;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     match options.name {
         Name::Host => host(options),
         Name::Hosts => hosts(options),
+        Name::Ucx => ucx(options),
         name => {
             let value = name.to_possible_value();
             let name = value.as_ref().map_or("", |v| v.get_name());
@@ -59,12 +61,21 @@ fn hosts(options: &Options) -> Result<ExitCode> {
     report::write("hosts", &results)
 }
 
+fn ucx(options: &Options) -> Result<ExitCode> {
+    packages::ensure(&[packages::CLIENTS, packages::BENCH, packages::UCX])?;
+    let tree = dist::build()?;
+    let stage = side::Stage::new(&tree, probes::build()?)?;
+    let only = options.only.as_deref().unwrap_or("");
+    let results = rounds::run(&stage, ucx::groups(), only, options.rounds);
+    stage.end().and(report::write("ucx", &results?))
+}
+
 fn host(options: &Options) -> Result<ExitCode> {
     packages::ensure(&[packages::CLIENTS, packages::BENCH])?;
     let tree = dist::build()?;
     let stage = side::Stage::new(&tree, probes::build()?)?;
     let only = options.only.as_deref().unwrap_or("");
-    let mut results = rounds::run(&stage, only, options.rounds)?;
+    let mut results = rounds::run(&stage, cases::groups(), only, options.rounds)?;
     let rest = idle::run(&stage, only, &mut results)
         .and_then(|()| busy::run(&stage, only, options.rounds, &mut results))
         .and_then(|()| stage.end());

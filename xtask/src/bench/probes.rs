@@ -27,10 +27,21 @@ pub fn build() -> Result<PathBuf> {
     for name in PROGRAMS {
         gcc(name, name, &["-libverbs"])?;
     }
+    if which("mpicc.openmpi") {
+        let mut mpicc = Command::new("mpicc.openmpi");
+        mpicc.args(["-O2", "-Wall", "-Wextra", "-Werror", "-o"]).arg(to.join("mpi")).arg(from.join("mpi.c"));
+        process::must(&mut mpicc, LIMIT)?;
+    }
     for name in LIBRARIES {
         gcc(name, &library(name), &["-shared", "-fPIC"])?;
     }
     Ok(to)
+}
+
+/// Only `bench ucx` needs, and installs, an MPI.
+fn which(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).exists())
 }
 
 /// File name of a library.

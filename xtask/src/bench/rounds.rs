@@ -1,7 +1,7 @@
 //! Rounds: every figure of every group once, then again. A group's round is bracketed by the hand-over between the two
 //! processors; if that moved meanwhile (a virtual machine's processors are placed anew), the round is dropped.
 
-use super::cases::{self, Figure, Group, HAND_OVER};
+use super::cases::{Figure, Group, HAND_OVER};
 use super::figures::{Results, Round};
 use super::side::{How, Stage};
 use crate::failure::{Failure, Result};
@@ -11,9 +11,9 @@ const SAME: f64 = 1.3;
 /// Rounds tried for each one wanted.
 const PATIENCE: usize = 3;
 
-/// Measures the groups and cases that `only` selects until `wanted` rounds of each are kept.
-pub fn run(stage: &Stage, only: &str, wanted: usize) -> Result<Results> {
-    let groups: Vec<Group> = cases::groups().into_iter().filter_map(|group| select(group, only)).collect();
+/// Measures those of `all` that `only` selects until `wanted` rounds of each are kept.
+pub fn run(stage: &Stage, all: Vec<Group>, only: &str, wanted: usize) -> Result<Results> {
+    let groups: Vec<Group> = all.into_iter().filter_map(|group| select(group, only)).collect();
     let mut kept: Vec<Vec<Round>> = groups.iter().map(|_| Vec::new()).collect();
     let mut dropped = vec![0; groups.len()];
     for turn in 1..=wanted * PATIENCE {

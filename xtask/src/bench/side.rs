@@ -47,6 +47,18 @@ pub enum Read {
     Rate,
 }
 
+/// UCX's name of our transport.
+pub const OUR_TLS: &str = "ff";
+
+/// What carries an MPI's messages.
+#[derive(Debug, Clone, Copy)]
+pub enum MpiSide {
+    /// UCX over these transports.
+    Ucx(&'static str),
+    /// OpenMPI's own shared memory.
+    Native,
+}
+
 /// How a figure is had.
 #[derive(Debug, Clone, Copy)]
 pub enum How {
@@ -76,6 +88,12 @@ pub enum How {
         size: u64,
         count: u64,
         read: Read,
+    },
+    /// A collective operation of MPI's between two processes.
+    Mpi {
+        side: MpiSide,
+        op: &'static str,
+        size: u64,
     },
     /// qperf over loopback.
     Tcp {
@@ -132,7 +150,8 @@ impl Stage {
             How::Perftest { program, provider, size, count, read, more } => {
                 self.perftest((program, more), provider, size, count, read)
             }
-            How::Ucx { tls, test, size, count, read } => ucx(tls, test, size, count, read),
+            How::Ucx { tls, test, size, count, read } => self.ucx(tls, test, size, count, read),
+            How::Mpi { side, op, size } => self.mpi(side, op, size),
             How::Tcp { test, size } => tcp(test, size),
         }
     }
@@ -209,6 +228,56 @@ impl Stage {
             Read::Rate => column(4),
         }
     }
+
+    fn ucx(&self, tls: &str, test: &str, size: u64, count: u64, read: Read) -> Result<f64> {
+        let port = free_port()?;
+        let command = |cpu: &str| {
+            let ours = tls == OUR_TLS;
+            let mut command = if ours { self.with_device(Provider::Ours) } else { Command::new("env") };
+            command.arg(format!("UCX_TLS=self,{tls}")).args(["taskset", "-c", cpu, "ucx_perftest", "-f"]);
+            command.args(["-t", test, "-s", &size.to_string(), "-n", &count.to_string()]);
+            command.args(["-p", &port.to_string()]);
+            command
+        };
+        let mut client = command(CLIENT_CPU);
+        client.arg("127.0.0.1");
+        let text = pair(command(SERVER_CPU), client, port, Server::Ends)?;
+        let rows = perftest::rows(&text);
+        // iterations; median, mean and overall time; mean and overall MB/s; mean and overall rate
+        let row = rows.last().filter(|row| row.len() == 8).ok_or_else(|| missing("ucx_perftest", &text))?;
+        Ok(match read {
+            Read::Typical => row[1],
+            Read::Mean => row[3],
+            Read::Average => row[5] * f64::from(1 << 20) / 1e9,
+            Read::Rate => row[7] / 1e6,
+        })
+    }
+
+    /// Microseconds of one collective operation between two processes, as benches/probes/mpi.c prints them.
+    fn mpi(&self, side: MpiSide, op: &str, size: u64) -> Result<f64> {
+        let mut command = match side {
+            MpiSide::Ucx(OUR_TLS) => self.with_device(Provider::Ours),
+            _ => Command::new("env"),
+        };
+        for name in ["OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"] {
+            command.arg(name);
+        }
+        let mca: &[&str] = match side {
+            MpiSide::Ucx(tls) => {
+                command.arg(format!("UCX_TLS=self,{tls}"));
+                &["pml", "ucx", "opal_common_ucx_tls", "any", "opal_common_ucx_devices", "any"]
+            }
+            MpiSide::Native => &["pml", "ob1", "btl", "self,vader"],
+        };
+        command.args(["mpirun.openmpi", "-np", "2", "--bind-to", "none"]);
+        for pair in mca.chunks(2) {
+            command.arg("--mca").args(pair);
+        }
+        command.arg(self.probe_path("mpi")).args([op, &size.to_string()]);
+        let done = process::run(&mut command, LIMIT, Echo::Quiet)?;
+        let value = done.stdout.trim().parse().ok().filter(|_| done.success());
+        value.ok_or_else(|| Failure::new(format!("mpirun ended with {}: {}", done.how(), done.tail())))
+    }
 }
 
 impl Drop for Stage {
@@ -232,29 +301,6 @@ fn cycles_per_us() -> Result<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split_once(": "));
     let mhz = line.and_then(|(_, mhz)| mhz.trim().parse().ok());
     mhz.ok_or_else(|| Failure::new("no cpu MHz in /proc/cpuinfo"))
-}
-
-fn ucx(tls: &str, test: &str, size: u64, count: u64, read: Read) -> Result<f64> {
-    let port = free_port()?;
-    let command = |cpu: &str| {
-        let mut command = Command::new("env");
-        command.arg(format!("UCX_TLS=self,{tls}")).args(["taskset", "-c", cpu, "ucx_perftest", "-f"]);
-        command.args(["-t", test, "-s", &size.to_string(), "-n", &count.to_string()]);
-        command.args(["-p", &port.to_string()]);
-        command
-    };
-    let mut client = command(CLIENT_CPU);
-    client.arg("127.0.0.1");
-    let text = pair(command(SERVER_CPU), client, port, Server::Ends)?;
-    let rows = perftest::rows(&text);
-    // iterations; median, mean and overall time; mean and overall MB/s; mean and overall rate
-    let row = rows.last().filter(|row| row.len() == 8).ok_or_else(|| missing("ucx_perftest", &text))?;
-    Ok(match read {
-        Read::Typical => row[1],
-        Read::Mean => row[3],
-        Read::Average => row[5] * f64::from(1 << 20) / 1e9,
-        Read::Rate => row[7] / 1e6,
-    })
 }
 
 fn tcp(test: &str, size: u64) -> Result<f64> {
