@@ -1,6 +1,6 @@
 //! `freeflow doctor`: why something does not work, in plain words, each finding with what to do.
 //!
-//! Owns the report. The checks are in `host` (this machine), `router` (the daemon) and `libraries` (the doors) and `ucx` (that door's variables).
+//! Owns the report. The checks are in `host` (this machine), `router` (the daemon), `libraries` (the doors) and `ucx` (that door's variables).
 
 mod host;
 mod libraries;
