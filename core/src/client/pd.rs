@@ -219,9 +219,9 @@ impl Mr {
         self.len == 0
     }
 
-    /// Is any of it where a peer can map it? Stacks, files and locked memory never are.
+    /// Is all of it where a peer can map it? Stacks, files and locked memory never are.
     pub fn is_movable(&self) -> bool {
-        self.registration.as_ref().is_some_and(|r| !r.extents().is_empty())
+        self.registration.as_ref().is_some_and(|r| covers(r.extents(), self.addr, self.len))
     }
 
     /// Whether its memory is still what was registered: a program may have unmapped it and mapped something else there

@@ -44,7 +44,8 @@ impl Cache {
         };
         let at = self.0.iter().rposition(holds)?;
         let found = self.0.remove(at);
-        // Memory that did not move has no mapping of ours to look at: its region may be over anything by now.
+        // Memory that did not move has no mapping of ours to look at: its region may be over anything by now. And a region with
+        // some of it grants no atomics, which the part that is asked for may well be fit for.
         if !found.is_still_mapped() || !found.is_movable() {
             return None;
         }
