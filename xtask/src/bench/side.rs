@@ -264,7 +264,7 @@ impl Stage {
         }
         let mca: &[&str] = match side {
             MpiSide::Ucx(tls) => {
-                command.arg(format!("UCX_TLS=self,{tls}"));
+                command.arg(format!("UCX_TLS=self,{tls}")).arg("UCX_WARN_UNUSED_ENV_VARS=n");
                 &["pml", "ucx", "opal_common_ucx_tls", "any", "opal_common_ucx_devices", "any"]
             }
             MpiSide::Native => &["pml", "ob1", "btl", "self,vader"],
