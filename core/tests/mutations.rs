@@ -141,7 +141,7 @@ proptest! {
         }
         if let Some(claim) = rq.claim(&AtomicU32::new(seq), 5) {
             prop_assert!(claim.sges().count() <= MAX_SGE);
-            claim.complete(&Completion::default());
+            claim.complete(&Completion::default(), true);
         }
         rq.repair(5);
         let mut dirty = 0;

@@ -64,7 +64,7 @@ fn buffers_change_hands_with_their_receives() {
                     };
                     let seq = claim.sges().next().expect("one entry").addr as u32;
                     queue.buffer(seq).set(u64::from(client) << 32 | u64::from(seq));
-                    claim.complete(&Completion { byte_len: client, ..Completion::default() });
+                    claim.complete(&Completion { byte_len: client, ..Completion::default() }, true);
                 }
             })
         })

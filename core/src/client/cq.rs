@@ -114,7 +114,7 @@ impl Context {
         let block = self.slabs.allocate(&self.conn, BlockKind::Cq, size_of::<CqShared>() as u64)?;
         let shared = View::<CqShared>::new(Arc::clone(&block.map), block.offset, 1);
         let shared = shared.ok_or(Error::NoRoom("queue memory"))?;
-        shared[0].reset();
+        shared[0].reset(channel.is_some());
         let id = channel.as_ref().map_or(0, |c| c.id);
         let request = CreateCq { channel: id, slab: block.slab, off: block.offset as u32, _pad: 0 };
         let id = match self.conn.ask(&request) {

@@ -458,14 +458,14 @@ mod tests {
             assert!(lanes.recv.post(i as u64, &[buffer], DEPTH as u32));
             let claim = lanes.recv.ring().claim(head, 1).expect("posted");
             let byte_len = u32::MAX - i as u32;
-            claim.complete(&Completion { status, opcode, flags, byte_len, ..Completion::default() });
+            claim.complete(&Completion { status, opcode, flags, byte_len, ..Completion::default() }, true);
             let wc = loop {
                 if let Some(wc) = poll(&lanes) {
                     break wc;
                 }
                 // said to be lost: posted anew
                 let claim = lanes.recv.ring().claim(head, 1).expect("posted anew");
-                claim.complete(&Completion { status: 1, ..Completion::default() });
+                claim.complete(&Completion { status: 1, ..Completion::default() }, true);
             };
             assert_eq!(wc.wr_id, i as u64);
             assert!(wc.status != 0 || wc.opcode == WcOpcode::RecvRdmaWithImm as u32, "{wc:?}");

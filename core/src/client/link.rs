@@ -35,7 +35,7 @@ impl Doorbell {
         let block = context.slabs.allocate(&context.conn, BlockKind::Cq, size_of::<CqShared>() as u64)?;
         let shared = View::<CqShared>::new(Arc::clone(&block.map), block.offset, 1);
         let shared = shared.ok_or(Error::NoRoom("queue memory"))?;
-        shared[0].reset();
+        shared[0].reset(true);
         shared[0].map();
         let request = OpenDoorbell { slab: block.slab, off: block.offset as u32 };
         let fds = match context.conn.call(&request, &[]) {

@@ -14,6 +14,8 @@ const ARMED_SOLICITED: u32 = 2;
 const RUNG: u32 = 4;
 /// Many queues feed this CQ: senders mark the dirty map.
 const MAPPED: u32 = 8;
+/// Nobody sleeps on this CQ, and its owner has the heavy fences of [`asym`]: completers need none.
+const QUIET: u32 = 16;
 
 /// Shared header of a completion queue.
 #[derive(Debug)]
@@ -55,6 +57,12 @@ impl CqShared {
         self.completed_fenced(bit, solicited)
     }
 
+    /// Does the store before [`CqShared::completed_fenced`] need its fence?
+    #[inline]
+    pub fn needs_fence(&self) -> bool {
+        !asym::works() || self.flags.load(Ordering::Relaxed) & QUIET == 0
+    }
+
     /// The same for a send of the owner's own process, which was marked when it began.
     #[inline]
     pub fn completed_here(&self, solicited: bool) -> Ring {
@@ -67,7 +75,7 @@ impl CqShared {
         self.completed_fenced(None, solicited)
     }
 
-    /// The same right after [`super::Claim::complete`], whose store has the fence behind it.
+    /// The same right after [`super::Claim::complete`], whose store has the fence behind it, if this CQ needs one.
     #[inline]
     pub fn completed_fenced(&self, bit: Option<u32>, solicited: bool) -> Ring {
         let flags = self.flags.load(Ordering::Relaxed);
@@ -111,9 +119,10 @@ impl CqShared {
         self.flags.load(Ordering::Relaxed) & RUNG != 0
     }
 
-    /// Owner: makes the memory of an earlier CQ this one's.
-    pub fn reset(&self) {
-        self.flags.store(0, Ordering::Relaxed);
+    /// Owner: makes the memory of an earlier CQ this one's. `sleeps`: it has a channel to sleep on.
+    pub fn reset(&self, sleeps: bool) {
+        let quiet = if !sleeps && asym::works() { QUIET } else { 0 };
+        self.flags.store(quiet, Ordering::Relaxed);
         self.summary.store(0, Ordering::Relaxed);
         for word in &self.words {
             word.store(0, Ordering::Relaxed);
@@ -123,7 +132,8 @@ impl CqShared {
     /// Owner: from now on senders mark the dirty map. The caller must scan all queues once afterwards.
     pub fn map(&self) {
         self.flags.fetch_or(MAPPED, Ordering::AcqRel);
-        fence(Ordering::SeqCst);
+        // Partner: the fence of a completer, or of its store. Either it sees the flag or the scan sees the completion.
+        asym::heavy();
     }
 
     /// Completer: queue `bit` has something. Needs no fence: whoever takes the mark sees the completion.

@@ -36,7 +36,7 @@ impl Queue {
         let Ready::Claim(claim) = ready else { return None };
         let sges: Vec<Sge> = claim.sges().collect();
         assert!(sges.len() == 1 && sges[0].lkey == 3, "its list was not there");
-        claim.complete(&Completion::default());
+        claim.complete(&Completion::default(), true);
         Some(sges[0].length)
     }
 
@@ -120,7 +120,7 @@ fn a_datagram_takes_a_whole_receive() {
     let sender = thread::spawn(move || {
         let claim = other.ring().claim_datagram(other.tickets(0), &other.qps[0].head, 9)?;
         let lkeys: Vec<u32> = claim.sges().map(|sge| sge.lkey).collect();
-        claim.complete(&Completion::default());
+        claim.complete(&Completion::default(), true);
         Some(lkeys)
     });
     queue.post(0);

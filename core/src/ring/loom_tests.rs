@@ -45,7 +45,7 @@ impl Queue {
     fn send(&self, client: u32) -> bool {
         let Some(claim) = self.rq().claim(&self.qp.head, client) else { return false };
         claim.write_inline(&[client as u8; 8]);
-        claim.complete(&Completion { byte_len: client, ..Completion::default() });
+        claim.complete(&Completion { byte_len: client, ..Completion::default() }, self.cq.needs_fence());
         true
     }
 }
@@ -74,7 +74,7 @@ fn a_claimed_receive_is_whole() {
     let sender = thread::spawn(move || {
         let claim = other.rq().claim(&other.qp.head, 1)?;
         let sges: Vec<_> = claim.sges().map(|sge| (sge.addr, sge.lkey)).collect();
-        claim.complete(&Completion::default());
+        claim.complete(&Completion::default(), true);
         Some(sges)
     });
     queue.rq().post(0, &[crate::verbs::Sge { addr: 1, length: 2, lkey: 3 }]);
@@ -317,6 +317,38 @@ fn loom_a_mark_is_not_lost_to_a_drain() {
     model(a_mark_is_not_lost_to_a_drain);
 }
 
+/// The owner turns to the dirty map while a sender completes: marked, or seen by the scan that follows.
+fn nothing_is_missed_by_the_turn_to_marks(sleeps: bool) {
+    let queue = Queue::new(1);
+    queue.cq.reset(sleeps);
+    queue.rq().post(0, &[]);
+    let other = Arc::clone(&queue);
+    let sender = thread::spawn(move || {
+        assert!(other.send(1));
+        let _ = other.cq.completed_fenced(Some(3), false);
+    });
+    queue.cq.map();
+    let seen = queue.rq().take(0, false, false).is_some();
+    sender.join().expect("sender");
+    let mut marked = false;
+    queue.cq.drain_dirty(|bit| marked |= bit == 3);
+    assert!(seen || marked, "a completion that nobody looks for");
+}
+
+fn nothing_is_missed_where_somebody_sleeps() {
+    nothing_is_missed_by_the_turn_to_marks(true);
+}
+
+fn nothing_is_missed_where_nobody_sleeps() {
+    nothing_is_missed_by_the_turn_to_marks(false);
+}
+
+#[test]
+fn loom_nothing_is_missed_by_the_turn_to_marks() {
+    model(nothing_is_missed_where_somebody_sleeps);
+    model(nothing_is_missed_where_nobody_sleeps);
+}
+
 // ---- each protocol again with something missing: the model checker has to find what breaks ------------------------------
 
 macro_rules! breaks {
@@ -348,6 +380,8 @@ breaks! {
         nothing_lands_after_revocation_with_one_fence without Fences, "landed after";
     loom_without_release_a_copy_lands_late: nothing_lands_after_revocation without Release, "landed after";
     loom_without_fences_an_entry_is_torn: an_entry_is_read_whole_or_not_at_all without Fences, "left == right";
+    loom_without_fences_a_completion_is_missed: nothing_is_missed_where_somebody_sleeps without Fences, "nobody looks";
+    loom_without_its_fence_a_completion_is_missed: nothing_is_missed_where_nobody_sleeps without Fences, "nobody looks";
     loom_without_acquire_a_mark_comes_early: a_mark_is_not_lost_to_a_drain without Acquire, "before the completion";
 }
 

@@ -15,7 +15,7 @@
 //! The sender says that it is done in a word of its own, `done`, with the same sequence number: the owner polls that
 //! word's cache line, which so changes hands once a message, and neither claiming nor posting touches it.
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering, store_fenced};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, asym, store_fenced};
 use crate::verbs::Sge;
 
 /// Scatter entries per slot.
@@ -417,19 +417,25 @@ impl<'a> Claim<'a> {
         SlotState { seq: self.seq, owner: self.client, phase: Phase::Claimed }.pack()
     }
 
-    /// Hands the filled receive to its owner.
-    pub fn complete(self, completion: &Completion) {
+    /// Hands the filled receive to its owner. `fenced`: [`CqShared::needs_fence`](super::CqShared::needs_fence).
+    #[inline]
+    pub fn complete(self, completion: &Completion, fenced: bool) {
         self.done.set_completion(&Completion { slot: self.index, ..*completion });
         // Release: partner is the acquire load of take(). A plain store: nobody else writes here unless this process is
-        // dead or the owner gave up on it, and then the value no longer matters. Fenced: partner is CqShared::arm(); the
-        // caller looks at the arm word next.
-        store_fenced(&self.done.done, done(self.done_seq));
+        // dead or the owner gave up on it, and then the value no longer matters. The fence's partner is CqShared::arm() and
+        // map(); the caller looks at the flags next.
+        if fenced {
+            store_fenced(&self.done.done, done(self.done_seq));
+        } else {
+            self.done.done.store(done(self.done_seq), Ordering::Release);
+            asym::light();
+        }
     }
 
     /// Gives the receive back untouched.
     pub fn release(self, head: &AtomicU32) {
         if !std::ptr::eq(self.slot, self.done) {
-            return self.complete(&Completion { flags: Completion::RETURNED, ..Completion::default() });
+            return self.complete(&Completion { flags: Completion::RETURNED, ..Completion::default() }, true);
         }
         let posted = SlotState { seq: self.seq, owner: self.sges, phase: Phase::Posted }.pack();
         head.store(self.seq, Ordering::Relaxed);
@@ -481,7 +487,7 @@ mod tests {
                 status: 3,
                 slot: 0,
             };
-            claim.complete(&sent);
+            claim.complete(&sent, true);
             let Some(Taken::Done(c, payload)) = rq.take(seq, false, false) else { panic!("not done") };
             assert_eq!(c, sent);
             assert_eq!(&payload.read()[..12], b"hello, world");
@@ -539,7 +545,7 @@ mod tests {
                         true
                     }));
                 }
-                rq.claim(&head, 1).expect("posted").complete(&Completion::default());
+                rq.claim(&head, 1).expect("posted").complete(&Completion::default(), true);
                 assert!(rq.take(seq, false, false).is_some());
                 rq.post(seq.wrapping_add(depth as u32), &[]);
             }
@@ -555,7 +561,7 @@ mod tests {
         let slow = rq.claim(&head, 1).expect("posted");
         let fast = rq.claim(&head, 2).expect("posted");
         slow.release(&head);
-        fast.complete(&Completion::default());
+        fast.complete(&Completion::default(), true);
         head.store(2, Ordering::Relaxed); // the fast one's store of the hint came last
         assert!(rq.take(0, false, false).is_none());
         rq.look_back(0, &head);

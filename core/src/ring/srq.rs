@@ -295,7 +295,7 @@ mod tests {
 
         fn send(&self, qp: usize) -> bool {
             let Ready::Claim(claim) = self.claim(qp) else { return false };
-            claim.complete(&Completion::default());
+            claim.complete(&Completion::default(), true);
             true
         }
 
@@ -332,7 +332,7 @@ mod tests {
         assert!(!w.send(1));
         w.ring().post(5, &[]);
         assert!(w.send(1));
-        slow.complete(&Completion::default());
+        slow.complete(&Completion::default(), true);
         w.ring().post(6, &[]);
         assert!(w.send(0));
         assert_eq!((w.polled(0, 0), w.polled(0, 1)), (Some(0), Some(0)));
@@ -367,7 +367,7 @@ mod tests {
         let claim = |w: &World| {
             w.ring()
                 .claim_datagram(w.tickets(0), &w.qps[0].head, 7)
-                .map(|c| c.complete(&Completion::default()))
+                .map(|c| c.complete(&Completion::default(), true))
         };
         assert!(claim(&w).is_none());
         w.ring().post(0, &[]);
