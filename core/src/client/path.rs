@@ -39,7 +39,7 @@ impl DirectPath {
     }
 
     /// Binds the path to one request.
-    #[inline]
+    #[inline(always)]
     pub fn bind<'a>(&'a mut self, conn: &'a Conn, qpn: u32) -> (crate::exec::Peer<'a>, Bound<'a>) {
         let DirectPath { peer, dgid, recent } = self;
         let view = crate::exec::Peer {
@@ -102,7 +102,7 @@ impl Bound<'_> {
         Reach::Here(unsafe { SharedBytes::new(va as *mut u8, len as usize) })
     }
 
-    #[inline]
+    #[inline(always)]
     fn hit(&self, key: u32, va: u64, len: u64) -> Option<Reach> {
         let recent = self.recent.as_ref().filter(|recent| recent.key == key)?;
         let bytes = recent.bytes.from(va.checked_sub(recent.from)?)?;
@@ -111,7 +111,7 @@ impl Bound<'_> {
 }
 
 impl PeerMemory for Bound<'_> {
-    #[inline]
+    #[inline(always)]
     fn reach(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Reach {
         if let Some(here) = self.hit(key, va, len) {
             return here;

@@ -16,7 +16,7 @@ impl<'a> LocalTable<'a> {
     }
 
     /// The virtual address of `sge`, if its lkey grants `need` there. Entries of length 0 name nothing.
-    #[inline]
+    #[inline(always)]
     pub fn check(&self, sge: &Sge, need: Access) -> Option<u64> {
         if sge.length == 0 {
             return Some(sge.addr);

@@ -66,7 +66,7 @@ impl<'a> Peer<'a> {
     }
 
     /// The entry behind `key`, with the owner's virtual address of `[iova, iova+len)`.
-    #[inline]
+    #[inline(always)]
     pub fn check(&self, key: u32, need: Access, iova: u64, len: u64) -> Option<(&'a MrEntry, u64)> {
         self.check_in(self.pd, key, need, iova, len)
     }

@@ -44,30 +44,28 @@ pub enum Unreachable {
     Later,
 }
 
-/// Moves bytes `[from, from+budget)` of the concatenated lists; both hold at least that many unless the local one ends.
+/// Moves bytes `[from, from+budget)` between a list and one stretch of the peer's memory, which is as long.
 /// Returns how many were moved.
-#[inline]
-pub fn pump<M: PeerMemory>(
+#[inline(always)]
+pub fn pump_one<M: PeerMemory>(
     memory: &mut M,
     direction: Direction,
     local: &[Local],
-    remote: &[Remote<'_>],
+    remote: Remote<'_>,
     from: u64,
     budget: u64,
 ) -> Result<u64, Unreachable> {
-    if let ([local], [remote]) = (local, remote) {
-        // One segment on each side, as most have.
-        let end = local.len.min(remote.len).min(from.saturating_add(budget));
-        let mut at = from;
-        while at < end {
-            at += move_one(memory, direction, local.va + at, remote, at, end - at)?;
-        }
-        return Ok(at - from);
+    let [local] = local else { return pump(memory, direction, local, &[remote], from, budget) };
+    let end = local.len.min(remote.len).min(from.saturating_add(budget));
+    let mut at = from;
+    while at < end {
+        at += move_one(memory, direction, local.va + at, &remote, at, end - at)?;
     }
-    pump_lists(memory, direction, local, remote, from, budget)
+    Ok(at - from)
 }
 
-fn pump_lists<M: PeerMemory>(
+/// The same between two lists; both hold at least that many bytes unless the local one ends.
+pub fn pump<M: PeerMemory>(
     memory: &mut M,
     direction: Direction,
     local: &[Local],
@@ -89,7 +87,7 @@ fn pump_lists<M: PeerMemory>(
     Ok(moved)
 }
 
-#[inline]
+#[inline(always)]
 fn move_one<M: PeerMemory>(
     memory: &mut M,
     direction: Direction,

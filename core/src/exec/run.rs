@@ -8,7 +8,7 @@ use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out, prefetch_for_write}
 use crate::sync::{AtomicU64, Ordering, fence};
 use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, WcOpcode, WcStatus, grh, limits, wc_flags};
 
-use super::pump::{Direction, Local, MAX_LOCAL, Remote, Unreachable, pump};
+use super::pump::{Direction, Local, MAX_LOCAL, Remote, Unreachable, pump, pump_one};
 use super::{LocalTable, Peer, PeerMemory, Progress, Reach, Request, Target, UdDest};
 
 /// Everything around a request.
@@ -96,7 +96,7 @@ fn refused<M: PeerMemory>(status: WcStatus, progress: &mut Progress, env: Env<'_
 }
 
 /// Does the peer serve requests of `qpn`?
-#[inline]
+#[inline(always)]
 fn serves(peer: &Peer<'_>, qpn: u32) -> bool {
     let state = QpState::try_from(peer.qp.state.load(Ordering::Acquire));
     state.is_ok_and(QpState::receives)
@@ -141,7 +141,7 @@ struct Gathered {
 }
 
 impl Gathered {
-    #[inline]
+    #[inline(always)]
     fn gather(&mut self, request: &Request<'_>, table: &LocalTable<'_>) -> Result<(), WcStatus> {
         let need = if request.op.writes_locally() { Access::LOCAL_WRITE } else { Access::empty() };
         let inline = request.flags.contains(SendFlags::INLINE);
@@ -157,7 +157,7 @@ impl Gathered {
         if self.total > limit { Err(WcStatus::LocLenErr) } else { Ok(()) }
     }
 
-    #[inline]
+    #[inline(always)]
     fn push(&mut self, va: u64, len: u64) {
         // The queue's max_send_sge keeps the list within MAX_LOCAL.
         if len > 0 && self.list.try_push(Local { va, len }).is_ok() {
@@ -191,15 +191,24 @@ fn violation<M: PeerMemory>(memory: &mut M, status: WcStatus) -> Outcome {
     Outcome::failed(status)
 }
 
-/// The peer's memory behind an rkey, if QP and MR both allow `need`.
-#[inline]
-fn target<'a>(peer: &Peer<'a>, rkey: u32, need: Access, iova: u64, len: u64) -> Result<Remote<'a>, WcStatus> {
+/// The peer's memory behind an rkey, if QP and MR both allow `need`. None: no bytes need no key.
+#[inline(always)]
+fn target<'a>(
+    peer: &Peer<'a>,
+    rkey: u32,
+    need: Access,
+    iova: u64,
+    len: u64,
+) -> Result<Option<Remote<'a>>, WcStatus> {
+    if len == 0 {
+        return Ok(None);
+    }
     let served = Access::from_bits_truncate(peer.qp.access.load(Ordering::Relaxed));
     if !served.contains(need) {
         return Err(WcStatus::RemInvReqErr);
     }
     let (entry, va) = peer.check(rkey, need, iova, len).ok_or(WcStatus::RemAccessErr)?;
-    Ok(Remote { entry, key: rkey, iova, va, len })
+    Ok(Some(Remote { entry, key: rkey, iova, va, len }))
 }
 
 #[inline(always)]
@@ -213,18 +222,15 @@ fn write<M: PeerMemory>(
     env: Env<'_, M>,
 ) -> Outcome {
     let with_imm = request.op == SendOp::WriteImm;
-    let mut remote = None;
-    if from.total > 0 {
-        match target(&peer, rkey, Access::REMOTE_WRITE, addr, from.total) {
-            Ok(found) => remote = Some(found),
-            Err(status) => {
-                if let Some(claim) = resume(progress, peer, env.client) {
-                    give_back(claim, peer, env.memory);
-                }
-                return violation(env.memory, status);
+    let remote = match target(&peer, rkey, Access::REMOTE_WRITE, addr, from.total) {
+        Ok(remote) => remote,
+        Err(status) => {
+            if let Some(claim) = resume(progress, peer, env.client) {
+                give_back(claim, peer, env.memory);
             }
+            return violation(env.memory, status);
         }
-    }
+    };
     let mut claim = None;
     if with_imm {
         match take_receive(progress, peer, env.client) {
@@ -233,7 +239,10 @@ fn write<M: PeerMemory>(
             Ready::Full => return Outcome::Full,
         }
     }
-    let moved = pump(env.memory, TO_PEER, &from.list, remote.as_slice(), progress.moved, env.budget);
+    let moved = match remote {
+        Some(remote) => pump_one(env.memory, TO_PEER, &from.list, remote, progress.moved, env.budget),
+        None => Ok(0),
+    };
     match finish(moved, from.total, progress, claim, peer, env.memory) {
         Err(outcome) => outcome,
         Ok(claim) => {
@@ -256,7 +265,7 @@ fn write<M: PeerMemory>(
 }
 
 /// After a pump: all moved (with the claim to complete), more to do, or the key is gone.
-#[inline]
+#[inline(always)]
 fn finish<'a, M: PeerMemory>(
     moved: Result<u64, Unreachable>,
     total: u64,
@@ -295,14 +304,11 @@ fn read<M: PeerMemory>(
     peer: Peer<'_>,
     env: Env<'_, M>,
 ) -> Outcome {
-    if to.total == 0 {
-        return Outcome::Done { status: WcStatus::Success, byte_len: 0 };
-    }
-    let remote = match target(&peer, rkey, Access::REMOTE_READ, addr, to.total) {
-        Ok(remote) => remote,
+    let moved = match target(&peer, rkey, Access::REMOTE_READ, addr, to.total) {
+        Ok(Some(remote)) => pump_one(env.memory, FROM_PEER, &to.list, remote, progress.moved, env.budget),
+        Ok(None) => Ok(0),
         Err(status) => return violation(env.memory, status),
     };
-    let moved = pump(env.memory, FROM_PEER, &to.list, &[remote], progress.moved, env.budget);
     match finish(moved, to.total, progress, None, peer, env.memory) {
         Err(outcome) => outcome,
         Ok(_) => Outcome::Done { status: WcStatus::Success, byte_len: to.total as u32 },
@@ -319,12 +325,10 @@ fn atomic<M: PeerMemory>(request: &Request<'_>, to: &Gathered, peer: Peer<'_>, e
     if addr % 8 != 0 {
         return violation(env.memory, WcStatus::RemInvReqErr);
     }
-    let reached = target(&peer, rkey, Access::REMOTE_ATOMIC, addr, 8)
-        .map(|remote| env.memory.reach(remote.entry, rkey, remote.va, 8));
     // Registration grants REMOTE_ATOMIC only where the pages moved, so far memory does not get here honestly.
-    let bytes = match reached {
-        Ok(Reach::Here(bytes)) => bytes,
-        Ok(Reach::Far(_)) => return violation(env.memory, WcStatus::RemAccessErr),
+    let bytes = match word_of(peer, rkey, Access::REMOTE_ATOMIC, addr, env.memory) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return violation(env.memory, WcStatus::RemAccessErr),
         Err(status) => return violation(env.memory, status),
     };
     let Some(word) = crate::shm::atomic_word(&bytes) else {
@@ -333,6 +337,21 @@ fn atomic<M: PeerMemory>(request: &Request<'_>, to: &Gathered, peer: Peer<'_>, e
     let old = apply(word, request.op, compare_add, swap);
     scatter_old(old, to);
     Outcome::Done { status: WcStatus::Success, byte_len: 8 }
+}
+
+/// The eight bytes behind an rkey. None: they are far.
+fn word_of<M: PeerMemory>(
+    peer: Peer<'_>,
+    rkey: u32,
+    need: Access,
+    addr: u64,
+    memory: &mut M,
+) -> Result<Option<SharedBytes>, WcStatus> {
+    let Some(remote) = target(&peer, rkey, need, addr, 8)? else { return Ok(None) };
+    Ok(match memory.reach(remote.entry, rkey, remote.va, 8) {
+        Reach::Here(bytes) => Some(bytes),
+        Reach::Far(_) => None,
+    })
 }
 
 /// One store of eight bytes. Memory that is reached through the router has none.
@@ -347,11 +366,9 @@ fn atomic_write<M: PeerMemory>(
     if !addr.is_multiple_of(8) {
         return violation(env.memory, WcStatus::RemInvReqErr);
     }
-    let reached = target(&peer, rkey, Access::REMOTE_WRITE, addr, 8)
-        .map(|remote| env.memory.reach(remote.entry, rkey, remote.va, 8));
-    let bytes_there = match reached {
-        Ok(Reach::Here(bytes)) => bytes,
-        Ok(Reach::Far(_)) => return violation(env.memory, WcStatus::RemOpErr),
+    let bytes_there = match word_of(peer, rkey, Access::REMOTE_WRITE, addr, env.memory) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return violation(env.memory, WcStatus::RemOpErr),
         Err(status) => return violation(env.memory, status),
     };
     let Some(word) = crate::shm::atomic_word(&bytes_there) else {

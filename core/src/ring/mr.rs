@@ -60,7 +60,7 @@ pub struct MrView {
 
 impl MrView {
     /// The owner's virtual address of `[iova, iova+len)`, if the MR holds all of it.
-    #[inline]
+    #[inline(always)]
     pub fn translate(&self, iova: u64, len: u64) -> Option<u64> {
         let from = iova.checked_sub(self.iova)?;
         (from <= self.len && len <= self.len - from).then(|| self.addr.wrapping_add(from))
@@ -109,7 +109,7 @@ impl MrEntry {
 
     /// May `key` of protection domain `pd` be used for `[iova, iova+len)` with all rights of `need`? Returns the owner's
     /// virtual address of `iova`.
-    #[inline]
+    #[inline(always)]
     pub fn check(&self, key: u32, pd: u32, need: Access, iova: u64, len: u64) -> Option<u64> {
         if !self.is(key) {
             return None;

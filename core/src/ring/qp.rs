@@ -86,7 +86,7 @@ impl QpShared {
     }
 
     /// Peer: announces a copy; the key check comes after.
-    #[inline]
+    #[inline(always)]
     pub fn enter(&self) -> InFlight<'_> {
         let word = self.in_flight.load(Ordering::Relaxed) | 1;
         // Partner: the fence in quiesced(). Either the owner sees the copy or the copier sees the dead key.

@@ -158,7 +158,7 @@ impl Qp {
         Target::Datagram(UdDest { qkey, ..dest })
     }
 
-    #[inline]
+    #[inline(always)]
     fn check(&self, wr: &Request<'_>) -> Result<(), Errno> {
         let datagram = matches!(wr.target, Target::Datagram(_));
         let op_fits = match self.kind() {
@@ -178,7 +178,7 @@ impl Qp {
     }
 
     /// Nothing is ahead: runs the request from the caller's own lists and only remembers it if it cannot finish.
-    #[inline]
+    #[inline(always)]
     fn post_idle(self: &Arc<Self>, side: &mut SendSide, wr: &SendWr<'_>) {
         let SendSide { route, progress, .. } = side;
         match self.run(route, progress, &wr.request) {
@@ -197,7 +197,7 @@ impl Qp {
     }
 
     /// Runs one request as far as it gets.
-    #[inline]
+    #[inline(always)]
     fn run(&self, route: &mut Route, progress: &mut Progress, request: &Request<'_>) -> Outcome {
         if request.srqn != 0 {
             route.aim(request.srqn);
@@ -380,7 +380,7 @@ impl Qp {
     }
 
     /// The head of the queue ended.
-    #[inline]
+    #[inline(always)]
     pub(super) fn finish(
         &self,
         side: &mut SendSide,
