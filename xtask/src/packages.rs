@@ -22,7 +22,11 @@ pub const LAB: &[Package] =
 /// The unmodified verbs programs.
 pub const CLIENTS: &[Package] = &[
     ("ibverbs-utils", "ibv_devices, ibv_devinfo, the pingpongs"),
-    ("rdmacm-utils", "rping, ucmatose"),
+    ("rdmacm-utils", "rping, ucmatose, udaddy, mckey, cmtime, rdma_client, rstream and their like"),
+    ("librdmacm1", "librspreload.so, which carries TCP programs over rsockets"),
+    ("iperf3", "a TCP program under librspreload.so"),
+    ("python3", "a web server under librspreload.so"),
+    ("curl", "its client"),
     ("perftest", "ib_write_bw and its family"),
     ("qperf", "rc_*, ud_* and tcp_* measurements"),
     ("fio", "its rdma engine"),

@@ -11,14 +11,9 @@ use super::table;
 use super::wait::{self, Deadline};
 use crate::edge::{self, Errno, Result};
 
-/// Flags of send(2) and recv(2) that mean something here, or nothing anywhere.
-const SEND_FLAGS: c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | libc::MSG_MORE | libc::MSG_CONFIRM;
-const RECEIVE_FLAGS: c_int = libc::MSG_DONTWAIT
-    | libc::MSG_PEEK
-    | libc::MSG_WAITALL
-    | libc::MSG_NOSIGNAL
-    | libc::MSG_TRUNC
-    | libc::MSG_CMSG_CLOEXEC;
+/// Flags of send(2) and recv(2) that ask for what there is not. Others that mean nothing here are ignored, as the kernel
+/// does.
+const REFUSED: c_int = libc::MSG_OOB | libc::MSG_ERRQUEUE | libc::MSG_FASTOPEN;
 
 /// Most buffers of one call (`IOV_MAX`).
 const MAX_BUFFERS: usize = 1024;
@@ -66,7 +61,7 @@ unsafe fn send(
     to: (*const sockaddr, socklen_t),
 ) -> Result<usize> {
     let socket = table::find(number)?;
-    if flags & !SEND_FLAGS != 0 {
+    if flags & REFUSED != 0 {
         return Err(Errno::OPNOTSUPP);
     }
     let until = deadline(&socket, flags, true);
@@ -132,7 +127,7 @@ unsafe fn receive(
     from: (*mut sockaddr, *mut socklen_t),
 ) -> Result<(usize, bool)> {
     let socket = table::find(number)?;
-    if flags & !RECEIVE_FLAGS != 0 {
+    if flags & REFUSED != 0 {
         return Err(Errno::OPNOTSUPP);
     }
     let until = deadline(&socket, flags, false);

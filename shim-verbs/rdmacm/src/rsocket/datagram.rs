@@ -23,6 +23,7 @@ use super::cm::Cm;
 use super::socket::{Body, Socket};
 use super::table;
 use super::wait::{self, Deadline};
+use crate::address;
 use crate::edge::{Errno, Result};
 use crate::resolve;
 
@@ -178,11 +179,14 @@ impl Datagram {
     /// The buffers are readable.
     unsafe fn send(&mut self, list: &[iovec], to: &CmAddr, from: &CmAddr) -> Result<usize> {
         let now = Instant::now();
-        let (qpn, qkey, ah) = self.dest(to, now).map(|dest| (dest.qpn, dest.qkey, dest.ah()))?;
+        let dest = self.dest(to, now)?;
+        // One that is bound to all its addresses is known by the one that leads there.
+        let addr = if address::is_wildcard(from) { dest.source } else { from.addr };
+        let (from, qpn, qkey, ah) = (CmAddr { addr, ..*from }, dest.qpn, dest.qkey, dest.ah());
         let ports = self.ports.as_mut().ok_or(Errno::NOTCONN)?;
         ports.pump();
         // SAFETY: the caller's promise.
-        unsafe { ports.send(&encode(from), list, (ah, qpn, qkey)) }
+        unsafe { ports.send(&encode(&from), list, (ah, qpn, qkey)) }
     }
 
     /// # Safety

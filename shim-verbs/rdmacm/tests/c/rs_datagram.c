@@ -30,14 +30,13 @@ int main(void)
 	CHECK(rs_ready(server, POLLIN, -1) == POLLIN);
 	CHECK(rrecvfrom(server, buf, sizeof(buf), MSG_PEEK, (struct sockaddr *)&from, &len) == 3);
 	CHECK(rrecvfrom(server, buf, sizeof(buf), 0, (struct sockaddr *)&from, &len) == 3 && !memcmp(buf, "one", 3));
-	CHECK(len == sizeof(from) && from.sin_family == AF_INET);
+	CHECK(len == sizeof(from) && from.sin_family == AF_INET && from.sin_addr.s_addr == htonl(INADDR_LOOPBACK));
 	struct iovec room = { buf, 2 };
 	struct msghdr message = { .msg_iov = &room, .msg_iovlen = 1 };
 	CHECK(rrecvmsg(server, &message, 0) == 2 && message.msg_flags == MSG_TRUNC && !memcmp(buf, "fo", 2));
 
 	/* An answer finds its way; a connected socket hears only its peer. */
 	CHECK(rconnect(client, address("127.0.0.1", port), len) == 0);
-	from.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
 	CHECK(rsendto(third, "noise", 5, 0, (struct sockaddr *)&from, len) == 5);
 	CHECK(rsendto(server, "answer", 6, 0, (struct sockaddr *)&from, len) == 6);
 	CHECK(rrecv(client, buf, sizeof(buf), 0) == 6 && !memcmp(buf, "answer", 6));

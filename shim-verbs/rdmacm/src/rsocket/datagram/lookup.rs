@@ -6,8 +6,10 @@ use freeflow_core::ctl::cm::CmAddr;
 use freeflow_verbs_abi::*;
 
 use super::ports::Ports;
+use crate::address;
 use crate::connect;
 use crate::edge::{Errno, Result};
+use crate::id::field;
 use crate::resolve;
 use crate::rsocket::cm::{Cm, Event};
 use crate::verbs::{Verbs, verbs};
@@ -19,16 +21,18 @@ pub struct Dest {
     ah: *mut ibv_ah,
     pub qpn: u32,
     pub qkey: u32,
+    /// The address of ours that the peer knows us by.
+    pub source: [u8; 16],
 }
 
 // SAFETY: the handle belongs to this value alone; who has it may use it from any thread.
 unsafe impl Send for Dest {}
 
 impl Dest {
-    fn new(ports: &Ports, event: &Event) -> Result<Dest> {
+    fn new(ports: &Ports, event: &Event, source: [u8; 16]) -> Result<Dest> {
         let (mut attr, qpn, qkey) = event.ud.ok_or(Errno::PROTO)?;
         let verbs = verbs()?;
-        Ok(Dest { verbs, ah: verbs.create_ah(ports.pd(), &mut attr)?, qpn, qkey })
+        Ok(Dest { verbs, ah: verbs.create_ah(ports.pd(), &mut attr)?, qpn, qkey, source })
     }
 
     /// Valid as long as this value lives.
@@ -71,8 +75,7 @@ impl Lookup {
                 RDMA_CM_EVENT_ADDR_RESOLVED => resolve::resolve_route(self.0.id()),
                 RDMA_CM_EVENT_ROUTE_RESOLVED => self.ask(),
                 RDMA_CM_EVENT_ESTABLISHED => {
-                    let ports = ports.ok_or(Errno::NOTCONN);
-                    return Some(ports.and_then(|ports| Dest::new(ports, &event)));
+                    return Some(self.answered(ports, &event));
                 }
                 RDMA_CM_EVENT_ADDR_ERROR => Err(Errno::HOSTUNREACH),
                 _ => Err(Errno::CONNREFUSED),
@@ -81,6 +84,13 @@ impl Lookup {
                 return Some(Err(errno));
             }
         }
+    }
+
+    fn answered(&self, ports: Option<&Ports>, event: &Event) -> Result<Dest> {
+        let storage = field!(self.0.id(), route.addr.__bindgen_anon_1.src_storage);
+        // SAFETY: a whole sockaddr_storage.
+        let source = unsafe { address::read((&raw const storage).cast()) }?;
+        Dest::new(ports.ok_or(Errno::NOTCONN)?, event, source.addr)
     }
 
     fn ask(&self) -> Result<()> {
