@@ -119,6 +119,11 @@ impl Conn {
         self.birth.is_inherited()
     }
 
+    /// Is there a router, as far as is known?
+    pub(super) fn is_up(&self) -> bool {
+        matches!(self.lock().state, State::Up(_))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Line> {
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }

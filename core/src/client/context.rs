@@ -95,6 +95,11 @@ impl Context {
         self.conn.hello.client
     }
 
+    /// Is there a router that would tell of a peer's death?
+    pub fn has_router(&self) -> bool {
+        self.conn.is_up()
+    }
+
     /// Random per start of the router: contexts with the same are on one host.
     pub fn boot(&self) -> u64 {
         self.conn.hello.boot

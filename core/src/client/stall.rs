@@ -3,8 +3,10 @@
 //! Whoever polls moves them on; the helper thread does it for programs that sleep.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
+
+use arrayvec::ArrayVec;
 
 use super::qp::Qp;
 
@@ -30,8 +32,13 @@ pub struct Stalled {
     generation: AtomicUsize,
     /// The program polled since the helper last looked.
     polled: AtomicBool,
+    /// Where the next poll begins, when there are more than it takes.
+    turn: AtomicUsize,
     list: Mutex<Vec<Weak<Qp>>>,
 }
+
+/// Queues that one poll moves on.
+const BATCH: usize = 16;
 
 impl Stalled {
     /// Does any queue wait? One load: asked by every poll.
@@ -52,10 +59,33 @@ impl Stalled {
         self.generation.load(Ordering::SeqCst)
     }
 
-    /// The program polls: it moves its queues on itself. Skips queues that somebody else is busy with.
+    /// The program polls: it moves its queues on itself, some of them if there are many, the others with its next polls.
+    /// Skips queues that somebody else is busy with. Allocates nothing: it is part of the data path.
     pub fn poll(&self) {
         self.polled.store(true, Ordering::Relaxed);
-        self.round(|qp| qp.try_progress());
+        let mut batch = ArrayVec::<Arc<Qp>, BATCH>::new();
+        {
+            let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+            let first = if list.len() > BATCH { self.turn.fetch_add(BATCH, Ordering::Relaxed) } else { 0 };
+            let from = first.checked_rem(list.len()).unwrap_or(0);
+            let (later, sooner) = list.split_at(from);
+            batch.extend(sooner.iter().chain(later).filter_map(Weak::upgrade).take(BATCH));
+        }
+        let mut moved_on = batch.is_empty();
+        for qp in &batch {
+            moved_on |= qp.try_progress() == Stall::None;
+        }
+        if moved_on {
+            drop(self.unlist());
+        }
+    }
+
+    /// Takes off the list what waits no more.
+    fn unlist(&self) -> MutexGuard<'_, Vec<Weak<Qp>>> {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.retain(|qp| qp.upgrade().is_some_and(|qp| !qp.unlist_if_idle()));
+        self.count.store(list.len(), Ordering::Relaxed);
+        list
     }
 
     /// Helper: has the program polled since the last call? Then it needs no help.
@@ -78,9 +108,7 @@ impl Stalled {
         if !waits.is_empty() && waits.iter().all(|wait| *wait != Stall::None) {
             return waits;
         }
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
-        list.retain(|qp| qp.upgrade().is_some_and(|qp| !qp.unlist_if_idle()));
-        self.count.store(list.len(), Ordering::Relaxed);
+        let list = self.unlist();
         // A queue that stalled again before it was taken off was still listed, and so told nobody.
         for (qp, wait) in qps.iter().zip(&mut waits).filter(|(_, wait)| **wait == Stall::None) {
             if list.iter().any(|listed| std::ptr::eq(listed.as_ptr(), Arc::as_ptr(qp))) {
