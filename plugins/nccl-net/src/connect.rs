@@ -152,7 +152,7 @@ impl Connecting {
 /// Begins at the router; over a new line to it if the old one is broken.
 fn resolve(device: &Device, handle: &Handle) -> Result<CmId> {
     match device.cm()?.resolve(handle.vip, handle.port) {
-        Err(Error::Disconnected(_)) => {
+        Err(Error::Disconnected(_) | Error::Away(_)) => {
             device.forget_cm();
             Ok(device.cm()?.resolve(handle.vip, handle.port)?)
         }

@@ -55,7 +55,7 @@ pub struct Link {
     closed: Option<Instant>,
     orphaned: Option<Instant>,
     /// Goes last: the context must outlive the rest.
-    _device: Arc<Device>,
+    device: Arc<Device>,
 }
 
 /// A WRITE to the peer.
@@ -124,7 +124,7 @@ impl Socket {
             idle: 0,
             closed: None,
             orphaned: None,
-            _device: Arc::clone(device),
+            device: Arc::clone(device),
         })
     }
 }
@@ -229,6 +229,8 @@ impl Link {
         match self.id()?.next() {
             Ok(Some(event)) if event.kind == cm_event::DISCONNECTED => self.closed = Some(now),
             Ok(_) => {}
+            // A router that was started again does not know the connection, but it knows the QP, and tells of deaths.
+            Err(_) if self.device.context.has_router() => self.orphaned = None,
             Err(_) => drop(self.orphaned.get_or_insert(now)),
         }
         let passed = |since: Option<Instant>, limit| since.is_some_and(|since| now - since >= limit);

@@ -40,7 +40,7 @@ struct Answered {
 impl Listener {
     pub fn new(device: &Arc<Device>, style: Style) -> Result<(Self, Handle)> {
         let (id, port) = match device.cm()?.listen(BACKLOG) {
-            Err(Error::Disconnected(_)) => {
+            Err(Error::Disconnected(_) | Error::Away(_)) => {
                 // The router was there before, and may be there again.
                 device.forget_cm();
                 device.cm()?.listen(BACKLOG)?
