@@ -1,4 +1,4 @@
-//! The system calls std has no safe form for: signal masks, and what a child does between fork and exec.
+//! The system calls std has no safe form for: signal masks, what a child does between fork and exec, and dlopen.
 //!
 //! Owns all of the command line's `unsafe`. It must never know what the children are.
 
@@ -115,4 +115,34 @@ pub fn exit_code(status: std::process::ExitStatus) -> u8 {
     use std::os::unix::process::ExitStatusExt as _;
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     u8::try_from(code).unwrap_or(u8::MAX)
+}
+
+/// A shared library that was opened to look at, by a name or path as dlopen(3) takes it.
+pub struct Library(libloading::Library);
+
+impl Library {
+    /// An error is the dynamic linker's own words.
+    pub fn open(name: &std::ffi::OsStr) -> Result<Self, String> {
+        use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+        // SAFETY: its initialisers run, as they would in the program that is to use it.
+        let opened = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_LOCAL) };
+        opened.map(|library| Self(library.into())).map_err(|error| error.to_string())
+    }
+
+    /// The file that has `symbol`, if the library exports it.
+    pub fn file_of(&self, symbol: &str) -> Option<std::path::PathBuf> {
+        // SAFETY: only the address is used.
+        let address = unsafe { self.0.get::<*const libc::c_void>(symbol.as_bytes()) }.ok()?;
+        // SAFETY: plain data, for which zero is valid.
+        let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
+        // SAFETY: an address in an open library, and a structure to fill.
+        let found = unsafe { libc::dladdr(*address, &raw mut info) };
+        if found == 0 || info.dli_fname.is_null() {
+            return None;
+        }
+        // SAFETY: a string of the dynamic linker's, as long as the library is open.
+        let name = unsafe { std::ffi::CStr::from_ptr(info.dli_fname) };
+        let name: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(name.to_bytes());
+        Some(name.into())
+    }
 }

@@ -1,9 +1,10 @@
 //! `freeflow doctor`: why something does not work, in plain words, each finding with what to do.
 //!
-//! Owns the report. The checks are in `host` (this machine), `router` (the daemon), `libraries` (the doors) and `ucx` (that door's variables).
+//! Owns the report. The checks are in `host` (this machine), `router` (the daemon), `libraries` (the doors), `nccl` and `ucx`.
 
 mod host;
 mod libraries;
+mod nccl;
 mod router;
 mod ucx;
 
@@ -84,6 +85,9 @@ struct Report<'a> {
 pub fn main(args: &Args) -> Result<ExitCode> {
     let mut findings = router::check(args.router.as_deref());
     findings.extend(libraries::check(args));
+    if args.nccl {
+        findings.extend(nccl::check());
+    }
     findings.extend(host::check());
     if !router::is_inside(args.router.as_deref()) {
         findings.extend(host::lab());
