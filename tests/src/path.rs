@@ -110,13 +110,13 @@ impl Path for Containers<'_> {
 }
 
 /// A copy of a program where every user may go: a lab's users have no way into a private home directory.
-struct Staged {
+pub struct Staged {
     dir: PathBuf,
-    program: PathBuf,
+    pub program: PathBuf,
 }
 
 impl Staged {
-    fn new(program: &FsPath) -> io::Result<Self> {
+    pub fn new(program: &FsPath) -> io::Result<Self> {
         static MADE: AtomicUsize = AtomicUsize::new(0);
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         // Not /tmp: a lab has its own.
@@ -242,6 +242,14 @@ impl Host {
 
     pub fn socket(&self) -> PathBuf {
         self.dir.join("router.sock")
+    }
+
+    /// Kills the router, as a crash would.
+    pub fn kill(&self) {
+        if let Some(pid) = i32::try_from(self.router.id()).ok().and_then(Pid::from_raw) {
+            // It is not reaped yet, so the id cannot be another's.
+            let _dead_already = kill_process(pid, Signal::KILL);
+        }
     }
 
     /// The router's.

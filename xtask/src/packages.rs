@@ -62,6 +62,9 @@ pub const UCX: &[Package] = &[
     ("python3-venv", "fetches PyPI's wheels of UCX and MPI"),
     ("xz-utils", "unpacks UCX's source package"),
 ];
+/// What fetches NCCL's own library, which must load our plugin.
+pub const NCCL: &[Package] =
+    &[("python3-venv", "pip in a directory of its own, to fetch NCCL's library from PyPI")];
 /// Allocators and runtimes whose programs register memory.
 pub const RUNTIMES: &[Package] = &[
     ("libjemalloc2", "a malloc that is not glibc's"),

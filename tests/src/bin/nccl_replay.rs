@@ -41,6 +41,9 @@ struct Args {
     /// The same, as threads of this process, as NCCL has with several GPUs in one
     #[arg(long, conflicts_with = "spawn")]
     threads: bool,
+    /// Keep each rank on a processor of its own
+    #[arg(long)]
+    pin: bool,
     /// What a failing run printed
     #[arg(long)]
     seed: Option<u64>,
@@ -55,6 +58,8 @@ struct Args {
 enum Scenario {
     /// Every point of the contract, on every version
     Contract { filter: Option<String> },
+    /// That isend, irecv and test allocate nothing; with tests/nccl/allocations.c preloaded
+    Allocations,
     /// A ring of all sizes up to --max, then groups up to the limits
     Ring {
         #[arg(long, default_value_t = 16 << 20)]
@@ -159,10 +164,25 @@ fn one_process(args: &Args, seed: u64) -> Outcome {
     ranks.into_iter().try_for_each(|rank| rank.join().map_err(|_| "a rank panicked".to_owned())?)
 }
 
+/// This thread, and those that it starts.
+fn pin(rank: usize) -> Outcome {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(rank % processors);
+    rustix::thread::sched_setaffinity(None, &set).map_err(|e| format!("sched_setaffinity: {e}"))
+}
+
 fn one_rank(args: &Args, seed: u64) -> Outcome {
+    if args.pin {
+        pin(args.rank)?;
+    }
     let version = args.api.unwrap_or(VERSIONS[0]);
     match &args.scenario {
         Scenario::Contract { filter } => return contract(args, filter.as_deref().unwrap_or("")),
+        Scenario::Allocations => {
+            let plugin = Plugin::open(&args.plugin, version, TRAFFIC_CLASS_UNDEF)?;
+            return contract::allocations(&plugin);
+        }
         Scenario::Reloads { times } => {
             return failing::reloads(&args.plugin, version, *times, |plugin| {
                 let failures = contract::run(plugin, "itself");
@@ -175,6 +195,9 @@ fn one_rank(args: &Args, seed: u64) -> Outcome {
     logged(args, &plugin)?;
     let oob =
         Oob::join(&args.at, args.rank, args.ranks).map_err(|e| format!("meeting at {}: {e}", args.at))?;
+    // Ranks that were started one by one may have been given none, or several.
+    let seeds = oob.all(&seed.to_le_bytes()).map_err(|e| format!("exchange of seeds: {e}"))?;
+    let seed = seeds[0][..].try_into().map_or(seed, u64::from_le_bytes);
     let rank = Rank {
         plugin,
         path: args.plugin.clone(),
@@ -191,7 +214,7 @@ fn one_rank(args: &Args, seed: u64) -> Outcome {
 
 fn run(scenario: &Scenario, rank: &Rank) -> Outcome {
     match scenario {
-        Scenario::Contract { .. } | Scenario::Reloads { .. } => Ok(()),
+        Scenario::Contract { .. } | Scenario::Allocations | Scenario::Reloads { .. } => Ok(()),
         Scenario::Ring { max } => traffic::ring(rank, *max),
         Scenario::AllToAll { max } => traffic::all_to_all(rank, *max),
         Scenario::AllReduce { words } => traffic::all_reduce(rank, *words),

@@ -38,6 +38,29 @@ pub const CHECKS: &[(&str, Check)] = &[
     ("a closed peer is an error, not a hang", closed_peer),
 ];
 
+/// Messages of all kinds, without an allocation in isend, irecv and test. Needs tests/nccl/allocations.c preloaded.
+pub fn allocations(plugin: &Plugin) -> Outcome {
+    let counted = || super::plugin::allocations().ok_or("nobody counts allocations".to_owned());
+    let pair = pair(plugin)?;
+    for size in [0, 8, 4096, 1 << 20, 16 << 20] {
+        let (from, to) = (Memory::new(plugin, pair.send, size)?, Memory::new(plugin, pair.recv, size)?);
+        let message = || -> Outcome {
+            let receive = posted(plugin, pair.recv, &to, &[(0, size, 1)])?;
+            let send = sent(plugin, pair.send, &from, 0, size, 1)?;
+            done(plugin, send)?;
+            done(plugin, receive).map(drop)
+        };
+        (0..3).try_for_each(|_| message())?;
+        let before = counted()?;
+        (0..100).try_for_each(|_| message())?;
+        let count = counted()? - before;
+        ensure(count == 0, || format!("{count} allocations for 100 messages of {size} bytes"))?;
+        from.end(plugin, pair.send)?;
+        to.end(plugin, pair.recv)?;
+    }
+    pair.close(plugin)
+}
+
 /// Runs those whose name contains `filter`; the failures come back.
 pub fn run(plugin: &Plugin, filter: &str) -> Vec<String> {
     let mut failures = Vec::new();

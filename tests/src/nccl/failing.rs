@@ -150,8 +150,6 @@ pub fn killed(rank: &Rank) -> Outcome {
 /// The router dies (the caller kills it when told): what is idle must become an error in time.
 pub fn orphaned(rank: &Rank) -> Outcome {
     let mesh = rank.mesh(|from, to| from != to)?;
-    rank.barrier()?;
-    println!("# idle");
     // Everybody receives and nobody sends.
     let recv = mesh.recv.iter().flatten().next().copied().ok_or("no peer")?;
     let plan = Plan { seed: 0, kind: Kind::Sizes(vec![64]), groups: u64::MAX, window: STEPS };
@@ -159,6 +157,8 @@ pub fn orphaned(rank: &Rank) -> Outcome {
     let mhandle = rank.plugin.reg_buffer(recv, &buffer).map_err(|code| format!("regMr: {code}"))?;
     let ops: Vec<Box<dyn Op>> = vec![Box::new(Receiving::new(plan, recv, Arc::clone(&buffer), mhandle))];
     let mut load = Load { mesh, registered: vec![(recv, mhandle)], buffers: vec![buffer], ops };
+    rank.barrier()?;
+    println!("# idle");
     let plugin = Arc::clone(&rank.plugin);
     let ended = rank.progress.run(move || {
         let failed = load.run(&plugin, &AtomicBool::new(false));

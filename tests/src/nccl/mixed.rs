@@ -10,38 +10,41 @@ use super::rank::{Mesh, Rank};
 use super::traffic::{Kind, MAX_GROUPS, Plan, exchange};
 use super::{Dice, Outcome};
 
-/// Runs until each rank has done about `wanted` operations (messages sent or received, registrations, connections).
+/// Runs until each rank has done about `wanted` operations: messages sent or received.
 pub fn run(rank: &Rank, wanted: u64) -> Outcome {
-    let (mut done, mut round) = (0, 0);
-    let mut mesh: Option<Mesh> = None;
+    let (mut done, mut registered, mut round) = (0, 0, 0);
+    let mut mesh: Option<(Mesh, u64)> = None;
     while done < wanted {
         let mut dice = Dice::of(&[rank.seed, round, 7]);
         if mesh.is_none() || dice.below(4) == 0 {
-            if let Some(old) = mesh.take() {
+            if let Some((old, _)) = mesh.take() {
                 rank.close(old)?;
             }
             let links = Dice::of(&[rank.seed, round, 8]).roll();
             let n = rank.ranks();
             // A ring, and any others on top.
-            mesh = Some(rank.mesh(|from, to| to == (from + 1) % n || links >> (from * n + to) & 1 == 1)?);
+            let wanted = |from, to| to == (from + 1) % n || links >> (from * n + to) & 1 == 1;
+            let pairs = (0..n).flat_map(|from| (0..n).map(move |to| (from, to)));
+            let connections = pairs.filter(|(from, to)| wanted(*from, *to)).count() as u64;
+            mesh = Some((rank.mesh(wanted)?, connections));
         }
-        let Some(mesh) = &mesh else { continue };
-        let connections = mesh.send.iter().chain(&mesh.recv).flatten().count() as u64;
+        let Some((mesh, connections)) = &mesh else { continue };
         let max = [64, 4096, 70_000, 600_000][dice.below(4) as usize];
         let groups = 50 + dice.below(6_000_000 / (max as u64 + 2_000));
         let window = 1 + dice.below(MAX_GROUPS as u64) as usize;
         let plan = Plan { seed: round, kind: Kind::Mixed { max }, groups, window };
-        done += registering(rank, mesh, round, || exchange(rank, mesh, &plan))?;
-        // Half of the groups have one message, the others 4.5 on average.
-        done += connections * groups * 11 / 4;
+        registered += registering(rank, mesh, round, || exchange(rank, mesh, &plan))?;
+        // Half of the groups have one message, the others 4.5 on average; each connection has two ends. All ranks reckon
+        // alike, so that all end in the same round.
+        done += 2 * connections * groups * 11 / 4 / rank.ranks() as u64;
         round += 1;
         rank.barrier()?;
         if rank.rank() == 0 && round % 50 == 0 {
             println!("# {done} operations in {round} rounds");
         }
     }
-    mesh.map_or(Ok(()), |mesh| rank.close(mesh))?;
-    println!("# {done} operations in {round} rounds");
+    mesh.map_or(Ok(()), |(mesh, _)| rank.close(mesh))?;
+    println!("# {done} operations in {round} rounds, and {registered} registrations meanwhile");
     Ok(())
 }
 

@@ -6,7 +6,8 @@ use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
 use std::mem::MaybeUninit;
 use std::path::Path;
 use std::ptr::null_mut;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{LazyLock, Mutex};
 
 use freeflow_nccl_abi::{
     CommConfig, DebugLogger, HANDLE_MAXSIZE, NcclResult, OPTIONAL_RECV_COMPLETION, TRAFFIC_CLASS_UNDEF, ptr,
@@ -125,6 +126,33 @@ fn the_logger() -> DebugLogger {
         logger;
     // SAFETY: on x86-64 callers of a variadic function pass its first six arguments as for any function.
     unsafe { std::mem::transmute::<_, DebugLogger>(logger) }
+}
+
+type Counter = unsafe extern "C" fn() -> c_ulong;
+
+/// What counts this thread's allocations, if `tests/nccl/allocations.c` is preloaded.
+static COUNTER: LazyLock<Option<Counter>> = LazyLock::new(|| {
+    let program = libloading::os::unix::Library::this();
+    // SAFETY: a function of that type, by its name.
+    unsafe { program.get::<Counter>(b"allocations_of_this_thread") }.ok().map(|counter| *counter)
+});
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+/// Allocations inside isend, irecv and test so far. None: nobody counts.
+pub fn allocations() -> Option<u64> {
+    COUNTER.map(|_| ALLOCATIONS.load(Ordering::Relaxed))
+}
+
+/// A call of the data path.
+#[inline]
+fn counted<T>(call: impl FnOnce() -> T) -> T {
+    let Some(counter) = *COUNTER else { return call() };
+    // SAFETY: it only reads a number.
+    let before = unsafe { counter() };
+    let result = call();
+    // SAFETY: the same.
+    ALLOCATIONS.fetch_add(unsafe { counter() } - before, Ordering::Relaxed);
+    result
 }
 
 fn checked(code: NcclResult) -> Result<()> {
@@ -385,7 +413,7 @@ impl Plugin {
         let r = &mut request;
         let (comm, mh, int) = (comm.0, mhandle.0, size as c_int);
         // SAFETY: the arguments that NCCL gives.
-        checked(unsafe {
+        checked(counted(|| unsafe {
             match &self.net {
                 Net::V6(n) => (n.isend.expect("isend"))(comm, data, int, tag, mh, r),
                 Net::V7(n) => (n.isend.expect("isend"))(comm, data, int, tag, mh, r),
@@ -395,7 +423,7 @@ impl Plugin {
                 Net::V11(n) => (n.isend.expect("isend"))(comm, data, size, tag, mh, null_mut(), r),
                 Net::V12(n) => (n.isend.expect("isend"))(comm, data, size, tag, mh, null_mut(), r),
             }
-        })?;
+        }))?;
         assert_ne!(request as usize, NOT_WRITTEN, "isend left *request as it was");
         Ok((!request.is_null()).then_some(Handle(request)))
     }
@@ -415,7 +443,7 @@ impl Plugin {
         let (d, s, i) = (data.as_mut_ptr(), sizes.as_mut_ptr(), ints.as_mut_ptr());
         let (t, m, p) = (tags.as_mut_ptr(), mhandles.as_mut_ptr(), phandles.as_mut_ptr());
         // SAFETY: the arguments that NCCL gives.
-        checked(unsafe {
+        checked(counted(|| unsafe {
             match &self.net {
                 Net::V6(net) => (net.irecv.expect("irecv"))(comm.0, n, d, i, t, m, r),
                 Net::V7(net) => (net.irecv.expect("irecv"))(comm.0, n, d, i, t, m, r),
@@ -425,7 +453,7 @@ impl Plugin {
                 Net::V11(net) => (net.irecv.expect("irecv"))(comm.0, n, d, s, t, m, p, r),
                 Net::V12(net) => (net.irecv.expect("irecv"))(comm.0, n, d, s, t, m, p, r),
             }
-        })?;
+        }))?;
         assert_ne!(request, before, "irecv left *request as it was");
         Ok((!request.is_null()).then_some(Handle(request)))
     }
@@ -452,8 +480,9 @@ impl Plugin {
     pub fn test(&self, request: Handle, sizes: Option<&mut [c_int]>) -> Result<bool> {
         let mut done = -1;
         let sizes = sizes.map_or(null_mut(), <[c_int]>::as_mut_ptr);
+        let d = &mut done;
         // SAFETY: a request that is not done, and room for its group.
-        checked(each!(self.net, n => unsafe { (n.test.expect("test"))(request.0, &mut done, sizes) }))?;
+        checked(each!(self.net, n => counted(|| unsafe { (n.test.expect("test"))(request.0, d, sizes) })))?;
         assert!(done == 0 || done == 1, "test left *done as it was");
         Ok(done == 1)
     }

@@ -42,7 +42,7 @@ impl Client {
         format!("client {}", self.command.replace(" @c1", ""))
     }
 
-    fn alone(command: &str, checks: &[Check]) -> Self {
+    pub fn alone(command: &str, checks: &[Check]) -> Self {
         Self { server: None, command: command.to_owned(), checks: checks.to_vec() }
     }
 

@@ -15,23 +15,37 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 pub const HELLO: &str = "example hello";
 
+pub const NCCL: &str = "example nccl";
+
 /// Builds examples/hello and runs it: the server prints the line that the client wrote into its memory.
 pub fn hello() -> std::result::Result<(), String> {
     let dir = OpenDir::make()?;
-    let binary = dir.0.join("hello");
-    let mut cc = Command::new("cc");
-    cc.args(["-O2", "-Wall", "-Wextra", "-Werror", "-o"])
-        .arg(&binary)
-        .arg(layout::root().join("examples/hello/hello.c"))
-        .arg("-libverbs");
-    let built = process::run(&mut cc, LIMIT, Echo::Quiet).map_err(|failure| failure.to_string())?;
-    if !built.success() {
-        return Err(format!("{}\n{}", built.how(), built.tail()));
-    }
-    let program = binary.display().to_string();
+    let program = compile(&dir, "hello/hello.c", "-libverbs")?;
     let client =
         Client::same(&program, &[Check::Says("written: success"), Check::Anywhere("by RDMA over ff0")]);
     labs::run_client(&client, labs::Place::OneHost)
+}
+
+/// Builds examples/nccl's program over the plugin's interface and runs it.
+pub fn nccl() -> std::result::Result<(), String> {
+    let dir = OpenDir::make()?;
+    let program = compile(&dir, "nccl/plugin.c", "-ldl")?;
+    let said = [Check::Says("device: ff0"), Check::Says("received 32 bytes: hello")];
+    labs::run_client(&Client::alone(&program, &said))
+}
+
+/// Compiles an example as its Makefile does; returns the program's path.
+fn compile(dir: &OpenDir, source: &str, library: &str) -> std::result::Result<String, String> {
+    let binary = dir.0.join("example");
+    let mut cc = Command::new("cc");
+    cc.args(["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"]).arg(&binary);
+    cc.arg(layout::root().join("examples").join(source)).arg(library);
+    let built = process::run(&mut cc, LIMIT, Echo::Quiet).map_err(|failure| failure.to_string())?;
+    if built.success() {
+        Ok(binary.display().to_string())
+    } else {
+        Err(format!("{}\n{}", built.how(), built.tail()))
+    }
 }
 
 /// A directory that a lab's users may enter, which a clone in a private home directory is not. Not in /tmp: a lab has its own.

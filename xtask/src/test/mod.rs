@@ -63,6 +63,7 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
         packages::RUNTIMES,
         packages::VERBS_SUITE,
         packages::UCX,
+        packages::NCCL,
     ])?;
     let tree = dist::build()?;
     let chosen = |name: &str| filter.is_none_or(|f| name.contains(f));
@@ -94,6 +95,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     }
     if chosen(examples::HELLO) {
         tally.check(examples::HELLO, examples::hello);
+    }
+    if chosen(examples::NCCL) {
+        tally.check(examples::NCCL, examples::nccl);
     }
     summary(&tally, filter, start)
 }
