@@ -1,13 +1,14 @@
 //! `cargo xtask bench`: measurements beside the same run's peers. Results go to target/bench.
 //!
-//! `host` is the direct path: [`cases`] says what is measured and against what, [`side`] runs one figure, [`rounds`]
-//! interleaves them, [`report`] writes the tables. Nothing here passes or fails by time: a bar that is missed is said.
+//! `host` is the direct path, `nccl` the plugin ([`nccl`]): [`cases`] says what is measured and against what, [`side`] runs
+//! one figure, [`rounds`] interleaves them, [`report`] writes the tables. Nothing here passes or fails by time: a bar that is missed is said.
 
 mod busy;
 mod cases;
 mod figures;
 mod hosts;
 mod idle;
+mod nccl;
 mod probes;
 mod report;
 mod rounds;
@@ -18,7 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Args, ValueEnum};
 
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::{dist, packages};
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -45,11 +46,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         Name::Host => host(options),
         Name::Hosts => hosts(options),
         Name::Ucx => ucx(options),
-        name => {
-            let value = name.to_possible_value();
-            let name = value.as_ref().map_or("", |v| v.get_name());
-            Err(Failure::new(format!("bench {name} is not there yet; bench host and bench hosts are")))
-        }
+        Name::Nccl => nccl(options),
     }
 }
 
@@ -82,4 +79,15 @@ fn host(options: &Options) -> Result<ExitCode> {
     // What was measured is kept, whatever happened to the rest.
     let written = report::write("host", &results);
     rest.and(written)
+}
+
+fn nccl(options: &Options) -> Result<ExitCode> {
+    packages::ensure(&[packages::CLIENTS, packages::BENCH])?;
+    let tree = dist::build()?;
+    nccl::build()?;
+    let stage = side::Stage::new(&tree, probes::build()?)?;
+    let only = options.only.as_deref().unwrap_or("");
+    let results = rounds::run(&stage, nccl::groups(), only, options.rounds)?;
+    stage.end()?;
+    report::write("nccl", &results)
 }

@@ -95,6 +95,14 @@ pub enum How {
         op: &'static str,
         size: u64,
     },
+    /// A figure of the NCCL plugin: the scenario's own words after the number of ranks, and the line to read.
+    Replay {
+        ranks: u32,
+        scenario: &'static str,
+        size: u64,
+        amount: u64,
+        line: &'static str,
+    },
     /// qperf over loopback.
     Tcp {
         test: &'static str,
@@ -152,6 +160,9 @@ impl Stage {
             }
             How::Ucx { tls, test, size, count, read } => self.ucx(tls, test, size, count, read),
             How::Mpi { side, op, size } => self.mpi(side, op, size),
+            How::Replay { ranks, scenario, size, amount, line } => {
+                self.replay(ranks, [scenario, &size.to_string(), &amount.to_string()], line)
+            }
             How::Tcp { test, size } => tcp(test, size),
         }
     }
@@ -195,6 +206,16 @@ impl Stage {
         let done = process::run(&mut command, LIMIT, Echo::Quiet)?;
         let value = done.stdout.trim().parse().ok().filter(|_| done.success());
         value.ok_or_else(|| Failure::new(format!("{program} ended with {}: {}", done.how(), done.tail())))
+    }
+
+    fn replay(&self, ranks: u32, scenario: [&str; 3], line: &str) -> Result<f64> {
+        let mut command = self.with_device(Provider::Ours);
+        command.arg(super::nccl::program()).args(["--pin", "--spawn", "--ranks", &ranks.to_string()]);
+        let done = process::run(command.args(scenario), LIMIT, Echo::Quiet)?;
+        let figure = done.stdout.lines().find_map(|l| l.strip_prefix(line)?.trim().parse().ok());
+        figure.filter(|_| done.success()).ok_or_else(|| {
+            Failure::new(format!("nccl-replay {scenario:?} ended with {}: {}", done.how(), done.tail()))
+        })
     }
 
     fn perftest(
