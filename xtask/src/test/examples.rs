@@ -31,7 +31,7 @@ pub fn nccl() -> std::result::Result<(), String> {
     let dir = OpenDir::make()?;
     let program = compile(&dir, "nccl/plugin.c", "-ldl")?;
     let said = [Check::Says("device: ff0"), Check::Says("received 32 bytes: hello")];
-    labs::run_client(&Client::alone(&program, &said))
+    labs::run_client(&Client::alone(&program, &said), labs::Place::OneHost)
 }
 
 /// Compiles an example as its Makefile does; returns the program's path.
