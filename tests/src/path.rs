@@ -264,6 +264,14 @@ impl Host {
         command
     }
 
+    /// The same with an address of its own choice.
+    pub fn run_at(&self, container: &str, ip: &str, program: &FsPath) -> Command {
+        let mut command = Command::new(self.tree.freeflow());
+        command.arg("run").arg("--router").arg(self.socket());
+        command.args(["--name", container, "--ip", ip, "--"]).arg(program);
+        command
+    }
+
     /// A command that runs a program with this router; its arguments may follow.
     pub fn run(&self, program: &FsPath) -> Command {
         let mut command = Command::new(self.tree.freeflow());

@@ -55,6 +55,8 @@ enum Soak {
     Kill(safety::Kill),
     /// A neighbour of the same tenant that scribbles over all it was given, and mutated control messages
     Hostile(safety::Hostile),
+    /// Three hosts, TLS and etcd, and what happens when parts of that go away
+    Cluster,
     /// The router killed and started again at random instants under load
     Restart(safety::Restart),
     /// Everything of the UCX transport, on every UCX release; FILTER selects as in test
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Command::Soak(Soak::Ucx { filter }) => test::ucx_matrix(filter.as_deref()),
         Command::Soak(Soak::Kill(args)) => safety::kill(&args),
         Command::Soak(Soak::Hostile(args)) => safety::hostile(&args),
+        Command::Soak(Soak::Cluster) => safety::cluster(),
         Command::Soak(Soak::Restart(args)) => safety::restart(&args),
         Command::Soak(Soak::Revoke(args)) => safety::revoke(&args),
         Command::Bench(options) => bench::run(&options),

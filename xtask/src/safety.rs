@@ -59,9 +59,10 @@ pub struct Revoke {
 /// The longest soak, with room for a busy machine.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 /// What `cargo xtask test` runs.
-const SHORT: [(&str, &[&str]); 4] = [
+const SHORT: [(&str, &[&str]); 5] = [
     ("soak kill", &["kill", "--rounds", "50", "--lenient"]),
     ("soak hostile", &["hostile", "--seconds", "60"]),
+    ("soak cluster", &["cluster", "--lenient"]),
     ("soak restart", &["restart", "--rounds", "12", "--lenient"]),
     ("soak revoke", &["revoke", "--samples", "10"]),
 ];
@@ -86,6 +87,10 @@ pub fn hostile(args: &Hostile) -> Result<ExitCode> {
     cargo.envs(args.seed.map(|seed| ("FF_TEST_SEED", seed.to_string())));
     process::must(&mut cargo, LIMIT)?;
     long(&["hostile", "--seconds", &args.seconds.to_string()], args.seed)
+}
+
+pub fn cluster() -> Result<ExitCode> {
+    long(&["cluster"], None)
 }
 
 pub fn restart(args: &Restart) -> Result<ExitCode> {

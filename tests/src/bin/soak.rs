@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use freeflow_tests::path::Tree;
-use freeflow_tests::soak::{hostile, kill, restart, revoke};
+use freeflow_tests::soak::{cluster, hostile, kill, restart, revoke};
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -32,6 +32,8 @@ enum What {
         #[arg(long, default_value_t = 600)]
         seconds: u64,
     },
+    /// Three hosts, TLS and etcd, and what happens when parts of that go away
+    Cluster,
     /// The router killed and started again at random instants under load
     Restart {
         #[arg(long, default_value_t = 300)]
@@ -67,6 +69,7 @@ fn run(args: &Args, seed: u64) -> Result<(), String> {
         What::Hostile { seconds } => {
             hostile::run(&tree, target, &hostile::Options { time: Duration::from_secs(seconds), seed })
         }
+        What::Cluster => cluster::run(&tree, target, &cluster::Options { lenient }),
         What::Restart { rounds } => restart::run(&tree, target, &restart::Options { rounds, seed, lenient }),
         What::Revoke { samples } => revoke::run(&tree, target, &revoke::Options { samples, seed }),
     }

@@ -1,5 +1,6 @@
 //! Long checks of what the direct path survives: deaths of peers, a hostile neighbour, copies stopped half way.
 
+pub mod cluster;
 pub mod dice;
 pub mod hostile;
 pub mod kill;

@@ -39,7 +39,15 @@ pub struct Worker {
 impl Worker {
     /// Starts `program` in the container `name` and waits until it is ready.
     pub fn start(host: &Host, name: &str, program: &Path, args: &[&str]) -> Result<Self> {
-        let mut command: Command = host.run_in(name, program);
+        Self::by(host.run_in(name, program), name, args)
+    }
+
+    /// The same with an address that is given.
+    pub fn at(host: &Host, (name, ip): (&str, &str), program: &Path, args: &[&str]) -> Result<Self> {
+        Self::by(host.run_at(name, ip, program), name, args)
+    }
+
+    fn by(mut command: Command, name: &str, args: &[&str]) -> Result<Self> {
         let started = command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let mut child = started.map_err(|e| format!("cannot start {name}: {e}"))?;
         let (Some(orders), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
