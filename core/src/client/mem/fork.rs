@@ -204,9 +204,25 @@ fn stage_one(maps: &Maps, s: &Staged) -> Result<(), Errno> {
                 Some(_) => pages::read_in(s.at + (at - vma.start), len, fd, off),
                 None => Ok(()),
             };
-            pages::protect(at, len, vma, false).and(staged)
+            thaw(at, len, vma).and(staged)
         })
     })
+}
+
+/// Gives a chunk its protection back. What another thread unmapped meanwhile needs none, and must not fail the fork.
+fn thaw(at: u64, len: u64, vma: &Vma) -> Result<(), Errno> {
+    let whole = pages::protect(at, len, vma, false);
+    if whole != Err(Errno::NOMEM) {
+        return whole;
+    }
+    let page = os::page_size();
+    for at in (at..at + len).step_by(page as usize) {
+        match pages::protect(at, page, vma, false) {
+            Ok(()) | Err(Errno::NOMEM) => {}
+            failed => return failed,
+        }
+    }
+    Ok(())
 }
 
 fn each_chunk(vma: &Vma, mut f: impl FnMut(u64, u64) -> Result<(), Errno>) -> Result<(), Errno> {
