@@ -46,11 +46,14 @@ fn replay(args: &str) {
 fn in_containers(scenario: &str) {
     let _turn = turn();
     let staged = Staged::new(Path::new(REPLAY)).expect("a place that containers see");
-    let rank = |name: &str, rank: usize, at: &str| {
-        format!("{name}={} --ranks 2 --rank {rank} --at {at} {scenario}", staged.program.display())
+    let rank = |rank: usize, at: &str| {
+        format!("{} --ranks 2 --rank {rank} --at {at} {scenario}", staged.program.display())
     };
+    // The lab ends with its last command, which here waits for rank 0; rank 1 then hears SIGTERM, and may still be writing.
+    let first = format!("c1=mkfifo /tmp/end; {}; s=$?; echo $s >/tmp/end; exit $s", rank(0, "0.0.0.0:7000"));
+    let second = format!("c2=trap '' TERM; {}", rank(1, "@c1:7000"));
     let mut lab = Command::new(tree().freeflow());
-    lab.args(["lab", "--run", &rank("c1", 0, "0.0.0.0:7000"), "--run", &rank("c2", 1, "@c1:7000")]);
+    lab.args(["lab", "--run", &first, "--run", &second, "--run", "c1=read -r s </tmp/end; exit $s"]);
     let mut group = Group::new(LIMIT);
     group.start(&mut lab).expect("a lab");
     let ended = group.finish();
