@@ -31,9 +31,11 @@ impl Default for Wqe {
     }
 }
 
-/// The waiting requests of a send queue, with copies of their lists and inline data.
+/// The waiting requests of a send queue, with copies of their lists and inline data. The memory for them comes with the first
+/// that waits: most queues never have one, and what many queues use all the time lies closer together without it.
 #[derive(Debug)]
 pub struct Queue {
+    depth: usize,
     wqes: Box<[Wqe]>,
     sges: Box<[Sge]>,
     max_sge: usize,
@@ -49,19 +51,19 @@ impl Queue {
     pub fn new(caps: &QpCaps) -> Self {
         let depth = caps.max_send_wr.max(1).next_power_of_two() as usize;
         let (max_sge, max_inline) = (caps.max_send_sge.max(1) as usize, caps.max_inline_data.max(8) as usize);
-        Queue {
-            wqes: vec![Wqe::default(); depth].into(),
-            sges: vec![Sge::default(); depth * max_sge].into(),
-            max_sge,
-            inline: vec![0; depth * max_inline].into(),
-            max_inline,
-            posted: 0,
-            next: 0,
-        }
+        let (wqes, sges, inline) = Default::default();
+        Queue { depth, wqes, sges, max_sge, inline, max_inline, posted: 0, next: 0 }
+    }
+
+    #[cold]
+    fn make_room(&mut self) {
+        self.wqes = vec![Wqe::default(); self.depth].into();
+        self.sges = vec![Sge::default(); self.depth * self.max_sge].into();
+        self.inline = vec![0; self.depth * self.max_inline].into();
     }
 
     fn index(&self, seq: u32) -> usize {
-        seq as usize & (self.wqes.len() - 1)
+        seq as usize & (self.depth - 1)
     }
 
     pub fn is_idle(&self) -> bool {
@@ -71,6 +73,9 @@ impl Queue {
     /// Remembers a request at the end. Inline data is copied now: its buffers are the program's again.
     pub fn push(&mut self, wr: &SendWr<'_>) {
         let SendWr { wr_id, request: Request { op, flags, imm, target, srqn, sges: list } } = *wr;
+        if self.wqes.is_empty() {
+            self.make_room();
+        }
         let at = self.index(self.posted);
         let lists = at * self.max_sge;
         let mut sges = list.len();
