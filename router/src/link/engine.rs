@@ -302,7 +302,7 @@ impl Engine {
         }
         self.retry_datagrams(now);
         self.fire(now);
-        more || (!self.held_up.is_empty() && !self.is_crowded())
+        more || (!self.held_up.is_empty() && self.has_room())
     }
 
     /// Looks at what awake processes have submitted.

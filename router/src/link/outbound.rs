@@ -1,5 +1,7 @@
 //! What goes out: requests, answers to READs, acknowledgements, datagrams; each queue pair in its turn.
 
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use freeflow_core::exec::Target;
@@ -10,7 +12,7 @@ use zerocopy::IntoBytes as _;
 use super::conn::Conn;
 use super::endpoint::{Endpoint, Served, spans};
 use super::engine::{Engine, Line, Slot, submissions};
-use super::remote::{BULK, PROMPT};
+use super::remote::{BULK, PROMPT, Remote};
 use super::requester::Wr;
 use super::wire::{self, Addresses, FRAGMENT, Header, Kind};
 
@@ -176,29 +178,30 @@ impl Engine {
         let Some(shared) = self.shared.upgrade() else { return false };
         let (mut sges, mut payload) = ([Sge::default(); MAX_SGE], Vec::new());
         loop {
-            let crowded = self.is_crowded();
             let Some(process) = self.processes.get_mut(&client) else { return false };
             let Some(datagrams) = &mut process.datagrams else { return false };
             let Some(ring) = submissions(&datagrams.ring) else { return false };
             if !matches!(ring.waiting(datagrams.next), Some(1..)) {
                 return false;
             }
-            if crowded {
+            let taken = ring.take(datagrams.next, &mut sges, &mut payload);
+            let sane = taken.filter(|(_, list)| *list == 0 && payload.len() <= limits::MTU as usize);
+            let hosts = shared.cluster.get().map(|cluster| &cluster.hosts);
+            let addressed = sane.and_then(|(wqe, _)| {
+                let owned =
+                    shared.with(|state| state.qps.get(wqe.source).is_some_and(|(o, _)| o.client == client));
+                let dest = Gid(wqe.dgid);
+                let host = hosts.and_then(|hosts| hosts.find(&process.tenant, dest.ip()));
+                host.filter(|_| owned).map(|host| (wqe, dest, host))
+            });
+            if addressed.as_ref().is_some_and(|(.., host)| is_crowded(&self.remotes, &self.conns, &host.name))
+            {
                 self.held_up.push(client);
                 return false;
             }
-            let taken = ring.take(datagrams.next, &mut sges, &mut payload);
             datagrams.next = datagrams.next.wrapping_add(1);
             ring.header().finish(LinkDone { count: datagrams.next, status: 0 });
-            let Some((wqe, 0)) = taken.filter(|_| payload.len() <= limits::MTU as usize) else { continue };
-            let owned =
-                shared.with(|state| state.qps.get(wqe.source).is_some_and(|(o, _)| o.client == client));
-            let dest = Gid(wqe.dgid);
-            let hosts = shared.cluster.get().map(|cluster| &cluster.hosts);
-            let Some(host) = hosts.and_then(|hosts| hosts.find(&process.tenant, dest.ip())).filter(|_| owned)
-            else {
-                continue;
-            };
+            let Some((wqe, dest, host)) = addressed else { continue };
             let addresses = Addresses {
                 from: process.vip.0,
                 to: dest.0,
@@ -223,19 +226,18 @@ impl Engine {
         }
     }
 
-    /// Does some host not take what there is for it? Then datagrams wait where they are.
-    pub fn is_crowded(&self) -> bool {
-        let prompt = |remote: &super::remote::Remote| self.conns.get(remote.conns[PROMPT]?)?.as_ref();
-        self.remotes.values().filter_map(prompt).any(|conn| !conn.has_room())
+    /// Do all hosts take what there is for them?
+    pub fn has_room(&self) -> bool {
+        self.remotes.keys().all(|host| !is_crowded(&self.remotes, &self.conns, host))
     }
 
-    pub fn send_cm(&mut self, host: &std::sync::Arc<str>, bytes: &[u8]) {
+    pub fn send_cm(&mut self, host: &Arc<str>, bytes: &[u8]) {
         let header = Header { len: bytes.len() as u32, ..Header::new(Kind::Cm, 0, 0) };
         self.post(host, [header.as_bytes(), bytes].concat(), Instant::now());
     }
 
     /// Sends a message to a host, or keeps it until that is connected.
-    pub fn post(&mut self, host: &std::sync::Arc<str>, message: Vec<u8>, now: Instant) {
+    pub fn post(&mut self, host: &Arc<str>, message: Vec<u8>, now: Instant) {
         self.reach(host, now);
         let Some(remote) = self.remotes.get_mut(host) else { return };
         let prompt = remote.conns[PROMPT].filter(|_| remote.is_up());
@@ -243,6 +245,15 @@ impl Engine {
             Some(conn) => conn.send_raw(&message),
             None => remote.keep(message),
         }
+    }
+}
+
+/// Does a host not take what there is for it? Then its datagrams wait where they are.
+fn is_crowded(remotes: &HashMap<Arc<str>, Remote>, conns: &[Option<Conn>], host: &str) -> bool {
+    let Some(remote) = remotes.get(host) else { return false };
+    match remote.conns[PROMPT].filter(|_| remote.is_up()).and_then(|at| conns.get(at)?.as_ref()) {
+        Some(conn) => !conn.has_room(),
+        None => remote.is_full(),
     }
 }
 

@@ -78,6 +78,12 @@ impl Remote {
         due
     }
 
+    /// It is being reached, and keeps as many datagrams as it may: the next wait at their sender. (A host that could not be
+    /// reached holds nobody up.)
+    pub fn is_full(&self) -> bool {
+        self.kept.len() == KEPT && self.backoff == BACKOFF.0
+    }
+
     /// Keeps a datagram until the host is connected; the oldest one goes if there are too many.
     pub fn keep(&mut self, datagram: Datagram) {
         if self.kept.len() == KEPT {
