@@ -264,13 +264,21 @@ static void high_bit_qkey_means_own(void)
 static void no_receive_posted(void)
 {
 	struct end_cfg c = ud_cfg();
-	struct pair p = pair_open(&c, &c);
+	struct pair p = pair_open(&c, &c), behind = pair_open(&c, &c);
 
+	if (behind.b)
+		OK(post_receive(behind.b, 0, 0, 200));
+	sync_ends();
 	for (uint64_t i = 0; p.a && i < 10; i++) {
 		OK(post_op(p.a, IBV_WR_SEND, i, 0, 10, 0, 0));
 		WANT(p.a->scq, i, IBV_WC_SUCCESS);
 	}
-	sync_ends();
+	if (behind.a) {
+		OK(post_op(behind.a, IBV_WR_SEND, 10, 0, 20, 0, 0));
+		WANT(behind.a->scq, 10, IBV_WC_SUCCESS);
+	}
+	if (behind.b)
+		ARRIVED(behind.b, 0, 20); /* so the others are not on their way any more */
 	if (p.b) {
 		/* nothing is kept for a receive that comes later: it gets the next datagram */
 		be_late();
