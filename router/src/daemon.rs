@@ -206,7 +206,8 @@ fn add_default(shared: &Shared, socket: &Path) -> Result<u32, Error> {
     Ok(id)
 }
 
-/// The way to other hosts: queue pairs to a container that moves between them fail.
+/// The way to other hosts: queue pairs to a container that moves between them fail, and those to one that was not known when
+/// they were connected look for it again.
 fn start_links(shared: &Arc<Shared>, membership: &Membership) -> Result<Links, Error> {
     let listen = shared.settings.cluster_listen;
     let links = Links::start(shared, listen);
@@ -215,6 +216,12 @@ fn start_links(shared: &Arc<Shared>, membership: &Membership) -> Result<Links, E
     membership.hosts.subscribe(Box::new(move |moved| {
         if let Some(links) = weak.upgrade().as_ref().and_then(|shared| shared.links.get()) {
             links.moved(&moved.home.tenant, Gid::of(moved.home.ip), &moved.to);
+        }
+    }));
+    let weak = Arc::downgrade(shared);
+    membership.hosts.watch(Box::new(move || {
+        if let Some(shared) = weak.upgrade() {
+            shared.look_again();
         }
     }));
     Ok(links)

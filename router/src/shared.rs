@@ -106,6 +106,13 @@ impl Shared {
         result
     }
 
+    /// The directory has changed: queue pairs that were connected to nowhere may find their peers now.
+    pub fn look_again(&self) {
+        if let Some(cluster) = self.cluster.get() {
+            self.with(|state| state.tell_found(|tenant, ip| cluster.hosts.find(tenant, ip).is_some()));
+        }
+    }
+
     /// The cluster learns that this host has `ip` of `tenant`.
     pub fn publish(&self, tenant: &Tenant, ip: IpAddr, claim: Claim) {
         if let Some(cluster) = self.cluster.get() {

@@ -55,7 +55,7 @@ enum Soak {
     Kill(safety::Kill),
     /// A neighbour of the same tenant that scribbles over all it was given, and mutated control messages
     Hostile(safety::Hostile),
-    /// Three hosts, TLS and etcd, and what happens when parts of that go away (does not pass yet: docs/link.md)
+    /// Three hosts, TLS and etcd, and what happens when parts of that go away
     Cluster,
     /// The router killed and started again at random instants under load
     Restart(safety::Restart),

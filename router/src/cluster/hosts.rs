@@ -71,6 +71,7 @@ pub struct Moved {
 }
 
 type Subscriber = Box<dyn Fn(&Moved) + Send + Sync>;
+type Watcher = Box<dyn Fn() + Send + Sync>;
 
 /// The table.
 #[derive(Default)]
@@ -78,6 +79,7 @@ pub struct Hosts {
     own: HostNameOnce,
     table: RwLock<Table>,
     subscribers: RwLock<Vec<Subscriber>>,
+    watchers: RwLock<Vec<Watcher>>,
 }
 
 type HostNameOnce = std::sync::OnceLock<HostName>;
@@ -128,6 +130,11 @@ impl Hosts {
         self.subscribers.write().unwrap_or_else(PoisonError::into_inner).push(tell);
     }
 
+    /// Calls `tell` whenever the table has changed, under the same condition: somebody may be found who was not.
+    pub fn watch(&self, tell: Watcher) {
+        self.watchers.write().unwrap_or_else(PoisonError::into_inner).push(tell);
+    }
+
     /// Other hosts and containers known.
     pub fn len(&self) -> (usize, usize) {
         let table = self.read();
@@ -176,6 +183,7 @@ impl Hosts {
         let moved = edit(&mut self.table.write().unwrap_or_else(PoisonError::into_inner));
         let subscribers = self.subscribers.read().unwrap_or_else(PoisonError::into_inner);
         moved.iter().for_each(|moved| subscribers.iter().for_each(|tell| tell(moved)));
+        self.watchers.read().unwrap_or_else(PoisonError::into_inner).iter().for_each(|tell| tell());
     }
 }
 

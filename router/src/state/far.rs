@@ -170,6 +170,17 @@ impl State {
         }
     }
 
+    /// Tells the owners of queue pairs whose peer was nowhere when they were connected, and is known now.
+    pub fn tell_found(&mut self, is_known: impl Fn(&Tenant, std::net::IpAddr) -> bool) {
+        let found = |(qpn, owner, qp): (u32, Owner, &super::qp::Qp)| {
+            let Link::To { gid, .. } = qp.link else { return None };
+            let (tenant, ip) = self.elsewhere(owner, gid).filter(|_| !qp.far)?;
+            is_known(&tenant, ip).then_some((owner.client, qpn))
+        };
+        let found: Vec<_> = self.qps.iter().filter_map(found).collect();
+        found.into_iter().for_each(|(client, qpn)| self.tell(client, Notice::PeerReady { qpn }));
+    }
+
     /// Tenant and address of a queue pair's owner.
     pub fn home_of(&self, owner: Owner) -> Result<(Tenant, Gid)> {
         let gone = Refusal::NoSuch { what: "container", id: owner.container };
