@@ -399,9 +399,9 @@ mod tests {
         assert_eq!(internal, [32, 40, 48, 56, 56, 56, 56, 80, 64, 80]);
     }
 
-    /// Run by `cargo xtask test`, which compiles tests/layout.c with the headers of Debian's source package.
+    /// `cargo xtask test` compiles tests/layout.c with the headers of Debian's source package, and runs this.
     #[test]
-    #[ignore = "needs FF_UCX_LAYOUT: what tests/layout.c printed"]
+    #[ignore = "run by cargo xtask test, with FF_UCX_LAYOUT naming what tests/layout.c printed"]
     fn debian_has_the_first_row() {
         use crate::iface::Config;
         use crate::uct::types::{BaseIface, Completion, IfaceAttr, IfaceParams, Iov, PendingReq};
