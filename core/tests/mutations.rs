@@ -5,7 +5,7 @@ use std::io::IoSlice;
 
 use freeflow_core::ctl::*;
 use freeflow_core::exec::{
-    Env, FarCopy, LocalTable, Peer, PeerMemory, Progress, Reach, Request as Send, Target, execute,
+    Env, FarCopy, LocalTable, Peer, PeerMemory, Progress, Reach, Request as Send, Retired, Target, execute,
 };
 use freeflow_core::ring::{
     Completion, CqShared, MAX_SGE, MrEntry, MrView, QpShared, RecvSlot, RqShared, Taken,
@@ -90,7 +90,7 @@ fn writes() -> impl Strategy<Value = Vec<(u16, u64)>> {
     }
     let entry = (TABLE / 8) as u16;
     honest.extend([
-        (entry, 1 << 16 | 0xf << 32),
+        (entry, 1 << 24 | 0xf << 32),
         (entry + 2, 0x5000),
         (entry + 3, 0x5000),
         (entry + 4, 1 << 20),
@@ -100,9 +100,13 @@ fn writes() -> impl Strategy<Value = Vec<(u16, u64)>> {
 }
 
 /// A peer whose bytes are all far; counts what is copied.
-struct Watched(u64);
+struct Watched(u64, Retired);
 
 impl PeerMemory for Watched {
+    fn retired(&self) -> &Retired {
+        &self.1
+    }
+
     fn reach(&mut self, _: &MrEntry, _: u32, _: u64, len: u64) -> Reach {
         assert!(len > 0);
         Reach::Far(len)
@@ -161,7 +165,7 @@ proptest! {
         let map = scribbled(&writes);
         let own = MrEntry::default();
         own.publish(&MrView {
-            key: 1 << 16,
+            key: 1 << 24,
             access: Access::LOCAL_WRITE,
             pd: 1,
             iova: LOCAL,
@@ -180,15 +184,15 @@ proptest! {
             pd: 0,
             qpn: 9,
         };
-        let atomic = Target::Atomic { addr, rkey: 1 << 16, compare_add: 1, swap: 2 };
+        let atomic = Target::Atomic { addr, rkey: 1 << 24, compare_add: 1, swap: 2 };
         let target = match op {
             SendOp::Send | SendOp::SendImm => Target::Receive,
             SendOp::FetchAdd => atomic,
-            _ => Target::Memory { addr, rkey: 1 << 16 },
+            _ => Target::Memory { addr, rkey: 1 << 24 },
         };
-        let sges = [Sge { addr: LOCAL, length: len, lkey: 1 << 16 }];
+        let sges = [Sge { addr: LOCAL, length: len, lkey: 1 << 24 }];
         let request = Send { op, flags: SendFlags::empty(), imm: 0, target, srqn: 0, sges: &sges };
-        let (mut progress, mut memory) = (Progress::default(), Watched(0));
+        let (mut progress, mut memory) = (Progress::default(), Watched(0, Retired::default()));
         for _ in 0..4 {
             let local = LocalTable::new(std::slice::from_ref(&own), 1);
             let (qpn, client, gid, budget) = (7, 5, Gid::default(), 1 << 14);

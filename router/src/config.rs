@@ -53,6 +53,8 @@ parameters! {
     max_cq: u32 = 4096;
     /// Shared receive queues per container.
     max_srq: u32 = 4096;
+    /// Attachments of queue pairs to multicast groups per container.
+    max_mcast: u32 = 1024;
     /// Completion channels per container.
     max_channel: u32 = 1024;
     /// Memory regions per container (a single process has at most 65536).

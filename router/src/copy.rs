@@ -77,7 +77,8 @@ fn note_failure(shared: &Shared, owner: Owner, key: u32, why: &'static str) {
 /// The peer's entry for the key, copied once and judged, and the peer's virtual address of the range.
 fn check(plan: &CopyPlan, request: &CopyMem, right: Access) -> Result<(MrView, u64)> {
     let view = read_entry(plan, request.key)?;
-    if !plan.peer_pds.contains(&view.pd) {
+    let window = right != Access::LOCAL_WRITE && plan.windows.contains(&view.pd);
+    if !window && !plan.peer_pds.contains(&view.pd) {
         return Err(Refusal::Access("the region is in another protection domain"));
     }
     if !view.access.contains(right) {
@@ -126,7 +127,7 @@ struct InFlight<'a> {
 impl<'a> InFlight<'a> {
     fn enter(shared: &'a Shared, plan: &CopyPlan, view: &MrView) -> Result<Self> {
         let (client, key) = (plan.peer_client, view.key);
-        shared.with(|state| state.enter_copy(client, key, view.pd))?;
+        shared.with(|state| state.enter_copy(client, key, &plan.peer_pds))?;
         let guard = InFlight { shared, client, key };
         // After entering: an owner that killed the entry and then deregisters now waits for this piece, or is seen here.
         let now = read_entry(plan, key)?;
@@ -171,13 +172,13 @@ mod tests {
         let shared = Shared::new(Settings::default(), crate::proof::Proofs::of_a_test()).expect("shared");
         shared.with(|state| *state = w.state);
 
-        shared.with(|state| state.enter_copy(me.client, key, pd)).expect("alive");
+        shared.with(|state| state.enter_copy(me.client, key, &[pd])).expect("alive");
         let copy = InFlight { shared: &shared, client: me.client, key };
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| deregister(&shared, me, key));
             // Once no copy can begin, deregistration is under way; it must not end before the copy.
             while shared.with(|state| {
-                let entered = state.enter_copy(me.client, key, pd).is_ok();
+                let entered = state.enter_copy(me.client, key, &[pd]).is_ok();
                 entered && !state.leave_copy(me.client, key)
             }) {
                 std::thread::yield_now();

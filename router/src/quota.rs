@@ -18,10 +18,11 @@ pub enum Resource {
     MrBytes,
     SlabBytes,
     Srqs,
+    Mcasts,
 }
 
 impl Resource {
-    const COUNT: usize = 10;
+    const COUNT: usize = 11;
 
     /// The parameter that sets its limit.
     pub fn parameter(self) -> &'static str {
@@ -36,6 +37,7 @@ impl Resource {
             "max_mr_bytes",
             "max_slab_bytes",
             "max_srq",
+            "max_mcast",
         ];
         NAMES[self as usize]
     }
@@ -74,6 +76,7 @@ impl Quota {
             s.max_mr_bytes,
             s.max_slab_bytes,
             s.max_srq.into(),
+            s.max_mcast.into(),
         ];
         Quota { used: [0; Resource::COUNT], limit }
     }

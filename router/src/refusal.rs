@@ -13,6 +13,8 @@ pub enum Refusal {
     NotYours { what: &'static str, id: u32 },
     #[error("{what} {id} is in use by a {by}")]
     Busy { what: &'static str, id: u32, by: &'static str },
+    #[error("there is already such an {0}")]
+    Exists(&'static str),
     #[error("{what}: {got} is not allowed (limit {limit})")]
     Range { what: &'static str, got: u64, limit: u64 },
     #[error("invalid: {0}")]
@@ -51,6 +53,7 @@ impl Refusal {
             Refusal::NoSuch { .. } => Errno::NOENT,
             Refusal::NotYours { .. } => Errno::PERM,
             Refusal::Busy { .. } => Errno::BUSY,
+            Refusal::Exists(_) => Errno::EXIST,
             Refusal::Range { .. } | Refusal::Invalid(_) => Errno::INVAL,
             Refusal::Unsupported(_) => Errno::OPNOTSUPP,
             Refusal::Quota(_) | Refusal::Exhausted(_) => Errno::NOMEM,

@@ -55,6 +55,9 @@ const TABLE: &[Entry] = &[
     entry::<DestroyQp>(),
     entry::<CreateSrq>(),
     entry::<DestroySrq>(),
+    entry::<AttachMcast>(),
+    entry::<DetachMcast>(),
+    entry::<ListMembers>(),
     entry::<Connect>(),
     entry::<Disconnect>(),
     entry::<Resolve>(),
@@ -83,7 +86,7 @@ pub fn limits(s: &Settings) -> Limits {
         max_qp_wr: s.max_qp_wr,
         max_cqe: s.max_cqe,
         max_srq: s.max_srq,
-        _pad: 0,
+        max_mcast: s.max_mcast,
         max_mr_bytes: s.max_mr_bytes,
     }
 }
@@ -259,6 +262,26 @@ impl Handle for CreateSrq {
 impl Handle for DestroySrq {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
         done(session.shared.with(|state| state.destroy_srq(session.owner, self.srq)))
+    }
+}
+
+impl Handle for AttachMcast {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.attach_mcast(session.owner, self.qpn, Gid(self.mgid))))
+    }
+}
+
+impl Handle for DetachMcast {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        done(session.shared.with(|state| state.detach_mcast(session.owner, self.qpn, Gid(self.mgid))))
+    }
+}
+
+impl Handle for ListMembers {
+    fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(MembersReply, Fds)> {
+        let (mgid, page) = (Gid(self.mgid), self.page == 0);
+        let listed = session.shared.with(|state| state.list_members(session.owner, mgid, self.after, page));
+        listed.map(|(reply, page)| (reply, page.into_iter().collect()))
     }
 }
 

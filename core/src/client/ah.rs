@@ -29,10 +29,10 @@ pub fn resolve_ah(attr: AhAttr, own: Gid) -> Result<AhAttr> {
             let dgid = own.neighbour(dlid);
             Ok(AhAttr { dgid: dgid.ok_or(Error::Invalid("dlid must be between 1 and 0xbfff"))?, ..attr })
         }
-        AhAttr { port_num: 1, sgid_index: 0, .. } => Ok(attr),
-        AhAttr { port_num: 1, .. } => {
-            Err(Error::Invalid("the GID table has one entry: sgid_index must be 0"))
-        }
+        AhAttr { port_num: 1, sgid_index, dgid, .. } => match own.table().get(usize::from(sgid_index)) {
+            Some(Some(_)) => Ok(AhAttr { dgid: dgid.canonical(), ..attr }),
+            _ => Err(Error::Invalid("sgid_index must be that of a GID (ibv_query_gid_ex)")),
+        },
         _ => Err(Error::Invalid("the device has one port: port_num must be 1")),
     }
 }

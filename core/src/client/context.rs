@@ -16,6 +16,8 @@ use super::events::{AsyncEvent, AsyncQueue};
 use super::fork;
 use super::helper::Helper;
 use super::link::Links;
+use super::mcast::Groups;
+use super::mw::Windows;
 use super::peers::Peers;
 use super::qp::Qp;
 use super::slab::Slabs;
@@ -46,6 +48,8 @@ pub struct Context {
     pub(super) srqs: Mutex<HashMap<u32, Weak<Srq>>>,
     pub(super) stalled: Stalled,
     pub(super) links: Links,
+    pub(super) groups: Groups,
+    pub(super) windows: Windows,
     pub(super) events: AsyncQueue,
     pub(super) helper: Helper,
 }
@@ -73,6 +77,8 @@ impl Context {
             srqs: Mutex::default(),
             stalled: Stalled::default(),
             links: Links::default(),
+            groups: Groups::default(),
+            windows: Windows::default(),
             events: AsyncQueue::new()?,
             helper: Helper::new(events)?,
         });

@@ -215,6 +215,7 @@ fn look_for_router(shared: &Shared, context: &Arc<Context>, search: Search) -> O
         Return::Back { events, lost } => {
             shared.change_events(Some(events));
             context.links.forget();
+            context.groups.forget();
             lost.into_iter().filter_map(|qpn| context.qp(qpn)).for_each(|qp| qp.orphan());
             // What peers did meanwhile was told to nobody.
             context.all_qps().iter().for_each(|qp| qp.peer_changed());

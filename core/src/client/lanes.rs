@@ -332,17 +332,29 @@ impl Lanes {
             }
         }
         lane.polled.store(seq.wrapping_add(1), Ordering::Release);
-        self.arrived(&wc);
+        self.arrived(&mut wc);
         Some(wc)
     }
 
     /// What a receive completion means for the QP.
-    pub(super) fn arrived(&self, wc: &Wc) {
+    pub(super) fn arrived(&self, wc: &mut Wc) {
+        if wc.wc_flags & wc_flags::WITH_INV != 0 {
+            self.invalidate(wc);
+        }
         if self.state() == QpState::Rtr && !self.established.swap(true, Ordering::Relaxed) {
             self.qp.upgrade().inspect(|qp| qp.established());
         }
         if wc.status != 0 && wc.status != WcStatus::WrFlushErr as u32 {
             let _ = self.qp.upgrade().is_some_and(|qp| qp.enter_error());
+        }
+    }
+
+    /// The message ends one of our keys: here, before the program hears of it.
+    #[cold]
+    fn invalidate(&self, wc: &mut Wc) {
+        let done = || self.qp.upgrade().is_some_and(|qp| qp.context().windows.invalidated(&qp, wc.imm_data));
+        if wc.status == 0 && !done() {
+            wc.status = WcStatus::BadRespErr as u32;
         }
     }
 }
@@ -402,7 +414,7 @@ impl PrivateRecv {
         wc.byte_len = said.byte_len;
         wc.imm_data = said.imm;
         wc.src_qp = said.src_qp;
-        wc.wc_flags = u32::from(said.flags) & (wc_flags::WITH_IMM | wc_flags::GRH);
+        wc.wc_flags = u32::from(said.flags) & (wc_flags::WITH_IMM | wc_flags::GRH | wc_flags::WITH_INV);
     }
 
     /// Copies an inline payload into the receive's buffers, whose keys must still hold.

@@ -45,7 +45,7 @@ enum Again {
     Channel(OwnedFd),
     Cq(CreateCq),
     Mr(RegMr),
-    Qp(CreateQp, Option<Connect>),
+    Qp(CreateQp, Option<Connect>, Vec<AttachMcast>),
     Srq(CreateSrq),
 }
 
@@ -78,7 +78,14 @@ impl Ledger {
 
     fn connection(&mut self, qpn: u32) -> Option<&mut Option<Connect>> {
         match &mut self.entries.get_mut(&(claim::QP, qpn))?.request {
-            Again::Qp(_, connection) => Some(connection),
+            Again::Qp(_, connection, _) => Some(connection),
+            _ => None,
+        }
+    }
+
+    fn groups(&mut self, qpn: u32) -> Option<&mut Vec<AttachMcast>> {
+        match &mut self.entries.get_mut(&(claim::QP, qpn))?.request {
+            Again::Qp(_, _, groups) => Some(groups),
             _ => None,
         }
     }
@@ -111,8 +118,9 @@ impl Again {
             Again::Cq(request) => socket.call(request, &[]).map(drop),
             Again::Mr(request) => socket.call(request, &[]).map(drop),
             Again::Srq(request) => socket.call(request, &[]).map(drop),
-            Again::Qp(request, connection) => {
+            Again::Qp(request, connection, groups) => {
                 socket.call(request, &[])?;
+                groups.iter().try_for_each(|attach| socket.call(attach, &[]).map(drop))?;
                 connection.map_or(Ok(()), |connect| connect_again(socket, &connect))
             }
         }
@@ -151,7 +159,7 @@ objects! {
     CreateChannel, claim::OBJECT, |_this, sent, _got| sent.first().and_then(keep).map(Again::Channel);
     CreateCq, claim::OBJECT, |this, _sent, _got| Some(Again::Cq(*this));
     CreateSrq, claim::SRQ, |this, _sent, _got| Some(Again::Srq(*this));
-    CreateQp, claim::QP, |this, _sent, _got| Some(Again::Qp(*this, None));
+    CreateQp, claim::QP, |this, _sent, _got| Some(Again::Qp(*this, None, vec![]));
 }
 
 macro_rules! ends {
@@ -209,6 +217,30 @@ impl Record for Disconnect {
     fn missed(&self, ledger: &mut Ledger) {
         ledger.connection(self.qpn).into_iter().for_each(|connection| *connection = None);
     }
+}
+
+impl Record for AttachMcast {
+    fn record(&self, _: &Done, _: &[BorrowedFd<'_>], _: &[OwnedFd], ledger: &mut Ledger) {
+        ledger.groups(self.qpn).into_iter().for_each(|groups| groups.push(*self));
+    }
+}
+
+impl Record for DetachMcast {
+    const AWAY: Away = Away::Fail;
+
+    fn record(&self, _: &Done, _: &[BorrowedFd<'_>], _: &[OwnedFd], ledger: &mut Ledger) {
+        self.missed(ledger);
+    }
+
+    fn missed(&self, ledger: &mut Ledger) {
+        let groups = ledger.groups(self.qpn);
+        groups.into_iter().for_each(|groups| groups.retain(|attach| attach.mgid != self.mgid));
+    }
+}
+
+/// The next datagram asks again.
+impl Record for ListMembers {
+    const AWAY: Away = Away::Fail;
 }
 
 /// A stalled queue asks again by itself.

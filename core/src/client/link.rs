@@ -214,7 +214,7 @@ impl Links {
 /// A request's remote side.
 fn wqe_to(target: &Target) -> Wqe {
     match *target {
-        Target::Receive => Wqe::default(),
+        Target::Receive | Target::Bind { .. } | Target::Invalidate { .. } => Wqe::default(),
         Target::Memory { addr, rkey } => Wqe { addr, rkey, ..Wqe::default() },
         Target::Atomic { addr, rkey, compare_add, swap } => {
             Wqe { addr, rkey, compare_add, swap, ..Wqe::default() }
@@ -286,8 +286,10 @@ pub struct LinkQueue {
     doorbell: Arc<Doorbell>,
     bit: u32,
     pub lane: Arc<LinkLane>,
-    /// Requests handed over, finished ones included.
+    /// Requests handed over, finished ones included, and those passed over.
     pub submitted: u32,
+    /// Requests that the router never heard of.
+    passed_over: u32,
     scratch: Vec<u8>,
 }
 
@@ -298,7 +300,7 @@ impl LinkQueue {
         let (doorbell, bit) = (state.doorbell(context)?, state.next_bit());
         let (seen, active) = (AtomicU64::new(0), AtomicBool::new(false));
         let lane = Arc::new(LinkLane { header: memory.header.clone(), seen, active });
-        Ok(LinkQueue { memory, doorbell, bit, lane, submitted: 0, scratch: Vec::new() })
+        Ok(LinkQueue { memory, doorbell, bit, lane, submitted: 0, passed_over: 0, scratch: Vec::new() })
     }
 
     /// The QP was connected (anew): from now on the router takes its requests.
@@ -313,9 +315,25 @@ impl LinkQueue {
     /// The router takes none any more.
     pub fn reset(&mut self) {
         self.lane.active.store(false, Ordering::Relaxed);
-        self.submitted = 0;
+        (self.submitted, self.passed_over) = (0, 0);
         self.memory.header[0].reset();
         self.lane.seen.store(0, Ordering::Relaxed);
+    }
+
+    /// The next request's number in the ring.
+    fn seq(&self) -> u32 {
+        self.submitted.wrapping_sub(self.passed_over)
+    }
+
+    /// The next request is over and not for the router, which has none of this queue's at this time.
+    pub fn pass_over(&mut self) {
+        self.submitted = self.submitted.wrapping_add(1);
+        self.passed_over = self.passed_over.wrapping_add(1);
+    }
+
+    /// How many of the queue's requests have ended, when the router says `done`.
+    pub fn count(&self, done: LinkDone) -> u32 {
+        done.count.wrapping_add(self.passed_over)
     }
 
     /// Writes the next request; the router does not know it before [`LinkQueue::publish`].
@@ -335,16 +353,16 @@ impl LinkQueue {
             total: u32::try_from(total).unwrap_or(u32::MAX),
             ..wqe_to(&request.target)
         };
-        ring.write(self.submitted, &wqe, if carried { &[] } else { request.sges });
+        ring.write(self.seq(), &wqe, if carried { &[] } else { request.sges });
         if carried {
-            ring.write_payload(self.submitted, &self.scratch);
+            ring.write_payload(self.seq(), &self.scratch);
         }
         self.submitted = self.submitted.wrapping_add(1);
     }
 
     pub fn publish(&self) {
         if let Some(ring) = self.memory.ring() {
-            ring.publish(self.submitted);
+            ring.publish(self.seq());
             self.doorbell.ring(self.bit);
         }
     }

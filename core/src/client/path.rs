@@ -6,7 +6,7 @@ use rustix::io::Errno;
 
 use crate::ctl::{CopyMem, Ring, ring};
 use crate::error::Error;
-use crate::exec::{FarCopy, PeerMemory, Reach};
+use crate::exec::{FarCopy, PeerMemory, Reach, Retired};
 use crate::ring::{MrEntry, RqShared};
 use crate::shm::{Mapping, PAGE, SharedBytes};
 use crate::verbs::{Gid, QpType};
@@ -31,17 +31,18 @@ pub struct DirectPath {
     pub peer: PeerQp,
     dgid: Gid,
     recent: Option<Recent>,
+    retired: Arc<Retired>,
 }
 
 impl DirectPath {
-    pub fn new(peer: PeerQp, dgid: Gid) -> Self {
-        DirectPath { peer, dgid, recent: None }
+    pub fn new(peer: PeerQp, dgid: Gid, retired: Arc<Retired>) -> Self {
+        DirectPath { peer, dgid, recent: None, retired }
     }
 
     /// Binds the path to one request.
     #[inline(always)]
     pub fn bind<'a>(&'a mut self, conn: &'a Conn, qpn: u32) -> (crate::exec::Peer<'a>, Bound<'a>) {
-        let DirectPath { peer, dgid, recent } = self;
+        let DirectPath { peer, dgid, recent, retired } = self;
         let view = crate::exec::Peer {
             qp: &peer.qp[0],
             rq: RqShared::new(&peer.slots),
@@ -53,7 +54,7 @@ impl DirectPath {
             pd: peer.pd,
             qpn: peer.qpn,
         };
-        (view, Bound { peer, recent, conn, qpn, dgid })
+        (view, Bound { peer, recent, conn, qpn, dgid, retired })
     }
 }
 
@@ -65,6 +66,7 @@ pub struct Bound<'a> {
     conn: &'a Conn,
     qpn: u32,
     dgid: &'a Gid,
+    retired: &'a Retired,
 }
 
 impl Bound<'_> {
@@ -136,6 +138,10 @@ impl PeerMemory for Bound<'_> {
             Err(Error::Away(_) | Error::Refused { errno: Errno::NOTCONN, .. }) => Err(Errno::AGAIN),
             Err(error) => Err(error.errno()),
         }
+    }
+
+    fn retired(&self) -> &Retired {
+        self.retired
     }
 
     fn bell(&mut self) {

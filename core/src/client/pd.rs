@@ -16,7 +16,7 @@ use super::keys::Keys;
 use super::mem::{MemError, PdMemory, Registration, Want};
 
 /// How long deregistration and ERR wait for copies of honest peers; a copy step is bounded, so this is generous.
-const QUIESCE: Duration = Duration::from_secs(1);
+pub(super) const QUIESCE: Duration = Duration::from_secs(1);
 
 /// A protection domain.
 pub struct Pd {
@@ -68,9 +68,6 @@ impl Pd {
     /// ibv_reg_mr(3), ibv_reg_mr_iova(3): registers `[addr, addr+len)`; requests name it by addresses from `iova` on.
     pub fn reg_mr(self: &Arc<Self>, addr: u64, len: u64, iova: u64, access: Access) -> Result<Arc<Mr>> {
         check_rights(access)?;
-        if access.contains(Access::MW_BIND) {
-            return Err(Error::Unsupported("memory windows (IBV_ACCESS_MW_BIND)"));
-        }
         if access.contains(Access::ON_DEMAND) && (addr, len) == (0, u64::MAX) {
             return self.reg_everything(access);
         }
@@ -80,7 +77,7 @@ impl Pd {
         let iova = if access.contains(Access::ZERO_BASED) { 0 } else { iova };
         let context = &self.context;
         let want = Want {
-            remote: access.intersects(Access::REMOTE),
+            remote: access.intersects(Access::REMOTE | Access::MW_BIND),
             local_write: access.contains(Access::LOCAL_WRITE),
         };
         let key = if self.memory.has_moved(addr, len, want) {
@@ -117,6 +114,24 @@ impl Pd {
         Ok(Arc::new(Mr { pd: Arc::clone(self), key, addr: 0, len: u64::MAX, registration: None }))
     }
 
+    /// A key that opens nothing until the table says what.
+    pub(super) fn key_of_no_memory(&self) -> Result<u32> {
+        self.keys.for_new_memory(&self.context.conn, 0, 0, Access::empty())
+    }
+
+    /// A key of this PD is dead: waits until nothing happens under it any more.
+    pub(super) fn revoke(&self) {
+        let deadline = Instant::now() + QUIESCE;
+        for qp in self.context.all_qps().into_iter().filter(|qp| qp.touches(self.id)) {
+            // A send of ours may be reading it; the next one sees the dead key.
+            qp.settle();
+            if !qp.quiesce(deadline) {
+                qp.expect_late_copy();
+                qp.enter_error();
+            }
+        }
+    }
+
     /// Does `sge` name memory of this PD, by a key that grants `need`? Where it is, then.
     pub fn resolve(&self, sge: &Sge, need: Access) -> Option<u64> {
         LocalTable::new(&self.context.mrs, self.id).check(sge, need)
@@ -126,11 +141,16 @@ impl Pd {
     /// goes with the region.
     pub fn allocate(self: &Arc<Self>, len: u64, access: Access) -> Result<Arc<Mr>> {
         let context = &self.context;
-        let registration = self.memory.allocate(len)?;
+        let registration = self.new_memory(len)?;
         let super::mem::Extent { va: addr, len, .. } = registration.extents()[0];
         let key = self.keys.for_new_memory(&context.conn, addr, len, access)?;
         let view = MrView { key, access, pd: self.id, iova: addr, addr, len, ..MrView::default() };
         Ok(self.publish(view, registration))
+    }
+
+    /// Zeroed memory that comes as it is touched, where a peer can map it.
+    pub(super) fn new_memory(&self, len: u64) -> Result<Registration> {
+        Ok(self.memory.allocate(len)?)
     }
 
     /// From now on peers may use the key.
@@ -154,7 +174,7 @@ fn check_rights(access: Access) -> Result<()> {
 }
 
 /// Do the extents hold all of the range?
-fn covers(extents: &[super::mem::Extent], addr: u64, len: u64) -> bool {
+pub(super) fn covers(extents: &[super::mem::Extent], addr: u64, len: u64) -> bool {
     let mut at = addr;
     while at < addr + len {
         match extents.iter().find(|e| e.va <= at && at < e.va + e.len) {
@@ -178,6 +198,11 @@ impl Mr {
         self.key
     }
 
+    /// Is a memory window bound to it? Then it can be neither deregistered nor changed.
+    pub fn is_bound(&self) -> bool {
+        self.pd.context.windows.are_bound(self.key)
+    }
+
     /// ibv_rereg_mr(3) of the rights alone: the key stays, and when it returns nothing happens under the old ones.
     pub fn set_access(&self, access: Access) -> Result<()> {
         check_rights(access)?;
@@ -188,22 +213,9 @@ impl Mr {
             return Err(Error::Unsupported("REMOTE_ATOMIC on memory whose pages did not move"));
         }
         entry.kill();
-        self.revoke();
+        self.pd.revoke();
         entry.publish(&MrView { access, ..view });
         Ok(())
-    }
-
-    /// The key is dead: waits until nothing happens under it any more.
-    fn revoke(&self) {
-        let deadline = Instant::now() + QUIESCE;
-        for qp in self.pd.context.all_qps().into_iter().filter(|qp| qp.touches(self.pd.id)) {
-            // A send of ours may be reading it; the next one sees the dead key.
-            qp.settle();
-            if !qp.quiesce(deadline) {
-                qp.expect_late_copy();
-                qp.enter_error();
-            }
-        }
     }
 
     /// First byte, in this process.
@@ -239,7 +251,8 @@ impl Drop for Mr {
             return;
         }
         context.mrs[slot_of(self.key)].kill();
-        self.revoke();
+        context.windows.orphan(context, self.key);
+        self.pd.revoke();
         let _ = context.conn.ask(&DeregMr { key: self.key, _pad: 0 });
         if self.pd.late_copies.load(Ordering::Acquire) > 0
             && let Some(registration) = self.registration.take()

@@ -137,7 +137,7 @@ impl Lanes {
             }
             tickets.polled(self, number.wrapping_add(1));
             srq.free(said.slot);
-            self.arrived(&wc);
+            self.arrived(&mut wc);
             return Some((srq.number(), wc));
         }
     }

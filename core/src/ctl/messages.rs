@@ -90,7 +90,8 @@ body! {
         max_qp_wr: u32,
         max_cqe: u32,
         max_srq: u32,
-        _pad: u32,
+        /// Attachments to multicast groups.
+        max_mcast: u32,
         /// Registered bytes.
         max_mr_bytes: u64,
     }
@@ -134,7 +135,7 @@ pub mod claim {
 
 body! {
     MrReply {
-        /// lkey and rkey; low 16 bits are the MR table's slot, high 16 random and never 0.
+        /// lkey and rkey, as `ring::mr` says; the first byte is never 0.
         key: u32,
     }
 }
@@ -211,6 +212,31 @@ body! {
     }
 }
 
+body! {
+    /// A queue pair of a multicast group.
+    Member {
+        gid: RawGid,
+        qpn: u32,
+    }
+}
+
+/// Most members of one [`MembersReply`].
+pub const MEMBERS: usize = 32;
+
+body! {
+    /// Members of a group in the order of their numbers, after [`ListMembers::after`]; there are more if `more` is not 0.
+    /// `page` not 0: the reply carries a descriptor, to be mapped for reading, with a word that changes whenever the members
+    /// of one of the tenant's groups do. `generation` is what it was before the reply was made.
+    MembersReply {
+        generation: u64,
+        page: u32,
+        count: u32,
+        more: u32,
+        _pad: u32,
+        members: [Member; MEMBERS],
+    }
+}
+
 /// Where a process's [`AttachLink`] goes that is of no QP but for all its datagrams to other hosts.
 pub const DATAGRAMS: u32 = 0;
 
@@ -281,6 +307,11 @@ requests! {
         pd: u32, slab: u32, off: u32, slots: u32, depth: u32, cq: u32, cq_bit: u32, xrcd: u32,
     } -> Id;
     21 DestroySrq [0] { srq: u32, } -> Done;
+    /// The UD queue pair gets datagrams for the multicast group `mgid` of its tenant on this host. EEXIST: it does.
+    22 AttachMcast [0] { qpn: u32, _pad: u32, mgid: RawGid, } -> Done;
+    23 DetachMcast [0] { qpn: u32, _pad: u32, mgid: RawGid, } -> Done;
+    /// Who gets datagrams for `mgid`, as the asker's tenant has it. `page` 0: the asker has no page yet.
+    24 ListMembers [0] { mgid: RawGid, after: u32, page: u32, } -> MembersReply;
 }
 
 /// [`CopyMem::kind`]: direction, and the right that `key` must grant there. Refusals: EACCES (key, right, PD or bounds; or

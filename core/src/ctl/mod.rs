@@ -13,7 +13,7 @@ pub use messages::*;
 pub use socket::{Incoming, Socket, SocketError};
 
 /// Protocol version of this build. Both sides must name a range that holds a common one.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// First bytes of every message: "FFlw".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"FFlw");
 /// Longest body.

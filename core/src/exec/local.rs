@@ -21,6 +21,8 @@ impl<'a> LocalTable<'a> {
         if sge.length == 0 {
             return Some(sge.addr);
         }
-        self.entries.get(slot_of(sge.lkey))?.check(sge.lkey, self.pd, need, sge.addr, u64::from(sge.length))
+        let (entry, len) = (self.entries.get(slot_of(sge.lkey))?, u64::from(sge.length));
+        let found = entry.check(sge.lkey, self.pd, need, sge.addr, len);
+        found.or_else(|| entry.check_null(sge.lkey, self.pd, need, len))
     }
 }

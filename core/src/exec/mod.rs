@@ -7,12 +7,14 @@
 mod local;
 mod peer;
 mod pump;
+mod retired;
 mod run;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
 pub use local::LocalTable;
 pub use peer::{FarCopy, Peer, PeerMemory, Reach};
+pub use retired::Retired;
 pub use run::{Env, Outcome, abandon, execute};
 
 use crate::verbs::{Gid, SendFlags, SendOp, Sge};
@@ -45,6 +47,26 @@ pub enum Target {
     },
     /// SEND on a UD QP.
     Datagram(UdDest),
+    /// The poster's own memory window that `rkey` names but for its last byte, over `[addr, addr+len)` of its region `mr`;
+    /// the request's `imm` holds the rights. Not the executor's business, as the next.
+    Bind {
+        rkey: u32,
+        mr: u32,
+        addr: u64,
+        len: u64,
+    },
+    /// The poster's own memory window that is bound under this key.
+    Invalidate {
+        rkey: u32,
+    },
+}
+
+impl Target {
+    /// Is the request about the poster's own keys?
+    #[inline]
+    pub fn is_own(&self) -> bool {
+        matches!(self, Target::Bind { .. } | Target::Invalidate { .. })
+    }
 }
 
 /// A send request, as the executor sees it.
@@ -52,7 +74,7 @@ pub enum Target {
 pub struct Request<'a> {
     pub op: SendOp,
     pub flags: SendFlags,
-    /// Big endian, passed through.
+    /// Big endian, passed through; of SEND with invalidate the key that is to end.
     pub imm: u32,
     pub target: Target,
     /// XRC: the shared receive queue at the other end, which the peer in [`Env`] then receives for; else 0.

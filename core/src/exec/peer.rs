@@ -2,7 +2,9 @@
 
 use rustix::io::Errno;
 
-use crate::ring::{Claim, CqShared, MrEntry, QpShared, Ready, RqShared, SrqRing, mr::slot_of};
+use super::Retired;
+use crate::ring::mr::{domain, slot_of};
+use crate::ring::{Claim, CqShared, MrEntry, QpShared, Ready, RqShared, SrqRing};
 use crate::shm::SharedBytes;
 use crate::sync::Ordering;
 use crate::verbs::Access;
@@ -71,10 +73,35 @@ impl<'a> Peer<'a> {
         self.check_in(self.pd, key, need, iova, len)
     }
 
+    /// The same of a memory window's key. `retired`: those that are over for this end.
+    #[cold]
+    pub fn check_window(
+        &self,
+        retired: &Retired,
+        key: u32,
+        need: Access,
+        iova: u64,
+        len: u64,
+    ) -> Option<(&'a MrEntry, u64)> {
+        let entry = self.mrs.get(slot_of(key))?;
+        let (va, epoch) = entry.check_window(key, (self.pd, self.qpn), need, iova, len)?;
+        (!retired.has(key, epoch)).then_some((entry, va))
+    }
+
+    /// Which binding a SEND with invalidate ends: of a window that is this QP's alone.
+    pub fn binding(&self, retired: &Retired, key: u32) -> Option<u32> {
+        let view = self.mrs.get(slot_of(key))?.read(key)?;
+        let ours = view.pd == domain::window_of_qp(self.qpn) && !retired.has(key, view.epoch);
+        ours.then_some(view.epoch)
+    }
+
     /// The same of a key in a receive's list.
     #[inline]
     pub fn check_receive(&self, key: u32, iova: u64, len: u64) -> Option<(&'a MrEntry, u64)> {
-        self.check_in(self.recv_pd, key, Access::LOCAL_WRITE, iova, len)
+        self.check_in(self.recv_pd, key, Access::LOCAL_WRITE, iova, len).or_else(|| {
+            let entry = self.mrs.get(slot_of(key))?;
+            Some((entry, entry.check_null(key, self.recv_pd, Access::LOCAL_WRITE, len)?))
+        })
     }
 
     #[inline]
@@ -112,6 +139,8 @@ pub trait PeerMemory {
     fn reach(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Reach;
     /// Has somebody else copy; EAGAIN where nobody can at this time.
     fn far(&mut self, copy: FarCopy) -> Result<(), Errno>;
+    /// What this end has invalidated of the peer's.
+    fn retired(&self) -> &Retired;
     /// Rings the bell of the peer's receive CQ.
     fn bell(&mut self);
     /// Is the peer's sender told when something goes wrong at its end? Not of UC.

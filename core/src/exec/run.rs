@@ -83,6 +83,7 @@ pub fn execute<M: PeerMemory>(request: &Request<'_>, progress: &mut Progress, en
         Target::Memory { addr, rkey } => write(request, addr, rkey, &gathered, progress, peer, env),
         Target::Atomic { .. } => atomic(request, &gathered, peer, env),
         Target::Receive | Target::Datagram(_) => send(request, &gathered, progress, peer, env),
+        Target::Bind { .. } | Target::Invalidate { .. } => Outcome::failed(WcStatus::LocQpOpErr),
     }
 }
 
@@ -193,8 +194,9 @@ fn violation<M: PeerMemory>(memory: &mut M, status: WcStatus) -> Outcome {
 
 /// The peer's memory behind an rkey, if QP and MR both allow `need`. None: no bytes need no key.
 #[inline(always)]
-fn target<'a>(
+fn target<'a, M: PeerMemory>(
     peer: &Peer<'a>,
+    memory: &M,
     rkey: u32,
     need: Access,
     iova: u64,
@@ -207,7 +209,9 @@ fn target<'a>(
     if !served.contains(need) {
         return Err(WcStatus::RemInvReqErr);
     }
-    let (entry, va) = peer.check(rkey, need, iova, len).ok_or(WcStatus::RemAccessErr)?;
+    let found = peer.check(rkey, need, iova, len);
+    let found = found.or_else(|| peer.check_window(memory.retired(), rkey, need, iova, len));
+    let (entry, va) = found.ok_or(WcStatus::RemAccessErr)?;
     Ok(Some(Remote { entry, key: rkey, iova, va, len }))
 }
 
@@ -222,7 +226,7 @@ fn write<M: PeerMemory>(
     env: Env<'_, M>,
 ) -> Outcome {
     let with_imm = request.op == SendOp::WriteImm;
-    let remote = match target(&peer, rkey, Access::REMOTE_WRITE, addr, from.total) {
+    let remote = match target(&peer, env.memory, rkey, Access::REMOTE_WRITE, addr, from.total) {
         Ok(remote) => remote,
         Err(status) => {
             if let Some(claim) = resume(progress, peer, env.client) {
@@ -304,7 +308,7 @@ fn read<M: PeerMemory>(
     peer: Peer<'_>,
     env: Env<'_, M>,
 ) -> Outcome {
-    let moved = match target(&peer, rkey, Access::REMOTE_READ, addr, to.total) {
+    let moved = match target(&peer, env.memory, rkey, Access::REMOTE_READ, addr, to.total) {
         Ok(Some(remote)) => pump_one(env.memory, FROM_PEER, &to.list, remote, progress.moved, env.budget),
         Ok(None) => Ok(0),
         Err(status) => return violation(env.memory, status),
@@ -347,7 +351,7 @@ fn word_of<M: PeerMemory>(
     addr: u64,
     memory: &mut M,
 ) -> Result<Option<SharedBytes>, WcStatus> {
-    let Some(remote) = target(&peer, rkey, need, addr, 8)? else { return Ok(None) };
+    let Some(remote) = target(&peer, memory, rkey, need, addr, 8)? else { return Ok(None) };
     Ok(match memory.reach(remote.entry, rkey, remote.va, 8) {
         Reach::Here(bytes) => Some(bytes),
         Reach::Far(_) => None,
@@ -426,7 +430,11 @@ fn from_whom(request: &Request<'_>, qpn: u32) -> u32 {
 }
 
 fn flags_of(request: &Request<'_>) -> u8 {
-    let imm = if request.op.has_imm() { wc_flags::WITH_IMM as u8 } else { 0 };
+    let imm = match request.op {
+        SendOp::SendInv => wc_flags::WITH_INV as u8,
+        op if op.has_imm() => wc_flags::WITH_IMM as u8,
+        _ => 0,
+    };
     let solicited = if request.flags.contains(SendFlags::SOLICITED) { Completion::SOLICITED } else { 0 };
     imm | solicited
 }
@@ -452,6 +460,10 @@ fn send<M: PeerMemory>(
         src_qp: from_whom(request, env.qpn),
         slot: 0,
     };
+    if request.op == SendOp::SendInv && peer.binding(env.memory.retired(), request.imm).is_none() {
+        give_back(claim, peer, env.memory);
+        return violation(env.memory, WcStatus::RemAccessErr);
+    }
     let into = match scatter(&claim, &peer, from.total) {
         Ok(into) => into,
         Err((_, ours)) if !env.memory.is_reliable() => {
@@ -477,10 +489,21 @@ fn send<M: PeerMemory>(
         }
     };
     QpShared::count(&peer.qp.rx_bytes, from.total);
+    if request.op == SendOp::SendInv {
+        retire(request.imm, &peer, env.memory);
+    }
     deliver(claim, &done, &peer, env.memory);
     // The next send will claim the next receive, whose line is in the receiver's cache.
     peer.rq.state_word(peer.qp.head.load(Ordering::Relaxed)).inspect(|word| prefetch_for_write(*word));
     Outcome::Done { status: WcStatus::Success, byte_len: from.total as u32 }
+}
+
+/// From now on this end does not use `key`, whatever the peer's table says of it: see [`super::Retired`].
+#[cold]
+fn retire<M: PeerMemory>(key: u32, peer: &Peer<'_>, memory: &M) {
+    if let Some(epoch) = peer.binding(memory.retired(), key) {
+        memory.retired().add(key, epoch, peer.mrs);
+    }
 }
 
 /// The receiver's buffers.

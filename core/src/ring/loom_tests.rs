@@ -271,10 +271,10 @@ fn loom_something_lands_if_the_key_is_checked_before_announcing() {
 fn an_entry_is_read_whole_or_not_at_all() {
     let entry = Arc::new(MrEntry::default());
     let version =
-        |n: u32| MrView { key: n << 16, addr: u64::from(n), len: u64::from(n), ..MrView::default() };
+        |n: u32| MrView { key: n << 24, addr: n.into(), len: n.into(), epoch: n, ..MrView::default() };
     entry.publish(&version(1));
     let other = Arc::clone(&entry);
-    let reader = thread::spawn(move || other.read(1 << 16));
+    let reader = thread::spawn(move || other.read(1 << 24));
     entry.kill();
     entry.publish(&version(2));
     if let Some(view) = reader.join().expect("reader") {

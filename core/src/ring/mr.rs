@@ -1,7 +1,12 @@
 //! The table of memory regions. Its owner writes entries; peers, who map it read-only, and the router read them.
 //!
-//! A key is `random << 16 | slot`. An entry is valid exactly while its `key` word holds the whole key, so that killing
-//! a key is one store, and a stale or guessed key finds nothing.
+//! A key is a random byte, the slot (16 bits), and another byte: random too, or, of a memory window, what its owner chose
+//! (ibv_inc_rkey). An entry is valid exactly while its `key` word holds the whole key, so that killing a key is one store,
+//! and a stale or guessed key finds nothing.
+//!
+//! A memory window is an entry like any other that is published when the window is bound and killed when it is not any
+//! more. Its *domain* is not a PD but says that it is a window, of a PD or of one queue pair: what looks for a PD (lkeys,
+//! and the short way of rkeys) passes it by, and [`MrEntry::check_window`] is asked where an rkey was not found.
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use crate::verbs::Access;
@@ -38,6 +43,8 @@ pub struct MrEntry {
     addr: AtomicU64,
     len: AtomicU64,
     extent: [[AtomicU64; 3]; MAX_EXTENTS],
+    /// How often the entry was published: tells a window that was bound anew from the one before.
+    epoch: AtomicU32,
 }
 
 #[cfg(not(loom))]
@@ -48,6 +55,7 @@ const _: () = assert!(size_of::<MrEntry>() == 128);
 pub struct MrView {
     pub key: u32,
     pub access: Access,
+    /// Its PD, or one of [`domain`]'s.
     pub pd: u32,
     /// The address remote operations name.
     pub iova: u64,
@@ -56,6 +64,29 @@ pub struct MrView {
     pub len: u64,
     pub extents: [Extent; MAX_EXTENTS],
     pub extent_count: u32,
+    /// Of a published entry: see [`MrEntry`].
+    pub epoch: u32,
+}
+
+/// What stands in an entry's PD where it is no region of one. PDs have smaller numbers.
+pub mod domain {
+    const WINDOW: u32 = 1 << 31;
+    const QP: u32 = 1 << 30;
+
+    /// The null region of `pd`: its `addr` is where what is received goes, its `iova` where what is sent comes from.
+    pub fn null_of_pd(pd: u32) -> u32 {
+        QP | pd
+    }
+
+    /// A memory window for the queue pairs of `pd` (type 1).
+    pub fn window_of_pd(pd: u32) -> u32 {
+        WINDOW | pd
+    }
+
+    /// One for queue pair `qpn` (type 2).
+    pub fn window_of_qp(qpn: u32) -> u32 {
+        WINDOW | QP | qpn
+    }
 }
 
 impl MrView {
@@ -73,8 +104,20 @@ impl MrView {
 }
 
 /// Slot of a key.
+#[inline(always)]
 pub fn slot_of(key: u32) -> usize {
-    key as usize & (MR_SLOTS - 1)
+    (key >> 8) as usize & (MR_SLOTS - 1)
+}
+
+/// The key of a slot: `random` is its first byte and its last.
+pub fn key_of(slot: u16, random: u16) -> u32 {
+    let [first, last] = random.to_be_bytes();
+    u32::from(first) << 24 | u32::from(slot) << 8 | u32::from(last)
+}
+
+/// Do two keys differ in nothing but what the owner of a memory window may choose?
+pub fn same_window(a: u32, b: u32) -> bool {
+    a >> 8 == b >> 8
 }
 
 impl MrEntry {
@@ -88,6 +131,7 @@ impl MrEntry {
         self.addr.store(view.addr, Ordering::Relaxed);
         self.len.store(view.len, Ordering::Relaxed);
         self.extents.store(view.extent_count, Ordering::Relaxed);
+        self.epoch.store(self.epoch.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
         for (words, extent) in self.extent.iter().zip(&view.extents) {
             words[0].store(extent.va, Ordering::Relaxed);
             words[1].store(extent.len, Ordering::Relaxed);
@@ -126,6 +170,30 @@ impl MrEntry {
         if allowed && self.is(key) { bounds.translate(iova, len) } else { None }
     }
 
+    /// Where `len` bytes under the lkey of `pd`'s null region are, whatever their address.
+    #[cold]
+    pub fn check_null(&self, key: u32, pd: u32, need: Access, len: u64) -> Option<u64> {
+        let view = self.read(key)?;
+        let place = if need.contains(Access::LOCAL_WRITE) { view.addr } else { view.iova };
+        (view.pd == domain::null_of_pd(pd) && len <= view.len).then_some(place)
+    }
+
+    /// The same of a memory window that queue pair `qpn` of `pd` may use; with the binding it has.
+    #[cold]
+    pub fn check_window(
+        &self,
+        key: u32,
+        (pd, qpn): (u32, u32),
+        need: Access,
+        iova: u64,
+        len: u64,
+    ) -> Option<(u64, u32)> {
+        let view = self.read(key)?;
+        let granted = [domain::window_of_pd(pd), domain::window_of_qp(qpn)].contains(&view.pd);
+        let va = view.translate(iova, len)?;
+        (granted && view.access.contains(need)).then_some((va, view.epoch))
+    }
+
     /// Copies the entry out if it is `key`'s.
     pub fn read(&self, key: u32) -> Option<MrView> {
         if !self.is(key) {
@@ -139,6 +207,7 @@ impl MrEntry {
             addr: self.addr.load(Ordering::Relaxed),
             len: self.len.load(Ordering::Relaxed),
             extent_count: self.extents.load(Ordering::Relaxed),
+            epoch: self.epoch.load(Ordering::Relaxed),
             extents: std::array::from_fn(|i| Extent {
                 va: self.extent[i][0].load(Ordering::Relaxed),
                 len: self.extent[i][1].load(Ordering::Relaxed),
@@ -158,13 +227,35 @@ mod tests {
     #[test]
     fn a_key_is_valid_between_publish_and_kill() {
         let entry = MrEntry::default();
-        let view = MrView { key: 0x1234_0001, len: 10, iova: 100, addr: 5000, ..MrView::default() };
+        let view = MrView { key: 0x1234_0001, len: 10, iova: 100, addr: 5000, epoch: 1, ..MrView::default() };
         assert_eq!(entry.read(0), None);
         entry.publish(&view);
         assert_eq!(entry.read(0x1234_0001), Some(view));
         assert_eq!(entry.read(0x1235_0001), None);
         entry.kill();
         assert_eq!(entry.read(0x1234_0001), None);
+    }
+
+    #[test]
+    fn a_key_is_made_of_its_slot_and_two_random_bytes() {
+        assert_eq!(key_of(0x1234, 0xabcd), 0xab12_34cd);
+        assert_eq!(slot_of(0xab12_34cd), 0x1234);
+        assert!(same_window(0xab12_34cd, 0xab12_34ff) && !same_window(0xab12_34cd, 0xab12_35cd));
+    }
+
+    #[test]
+    fn a_window_is_its_domains_and_no_pds() {
+        let (entry, key, read) = (MrEntry::default(), key_of(1, 0x0707), Access::REMOTE_READ);
+        let view = MrView { key, access: read, len: 10, iova: 100, addr: 5000, ..MrView::default() };
+        entry.publish(&MrView { pd: domain::window_of_pd(3), ..view });
+        assert_eq!(entry.check(key, 3, read, 100, 10), None, "no lkey");
+        assert_eq!(entry.check_window(key, (3, 9), read, 101, 9), Some((5001, 1)));
+        assert_eq!(entry.check_window(key, (4, 9), read, 101, 9), None);
+        assert_eq!(entry.check_window(key, (3, 9), read, 101, 10), None);
+        assert_eq!(entry.check_window(key, (3, 9), read | Access::REMOTE_WRITE, 101, 1), None);
+        entry.publish(&MrView { pd: domain::window_of_qp(9), ..view });
+        assert_eq!(entry.check_window(key, (3, 9), read, 100, 0), Some((5000, 2)));
+        assert_eq!(entry.check_window(key, (3, 8), read, 100, 0), None);
     }
 
     #[test]

@@ -41,6 +41,9 @@ unsafe impl Shared for crate::ring::LinkHeader {}
 // SAFETY: one atomic.
 
 unsafe impl Shared for crate::ring::LinkWord {}
+// SAFETY: one atomic.
+
+unsafe impl Shared for crate::sync::AtomicU64 {}
 
 /// A shared mapping; unmapped when dropped.
 #[derive(Debug)]

@@ -57,11 +57,16 @@ pub struct Wc {
 pub mod wc_flags {
     pub const GRH: u32 = 1;
     pub const WITH_IMM: u32 = 2;
+    /// The message invalidated a memory window, whose key is where the immediate would be.
+    pub const WITH_INV: u32 = 8;
 }
 
 /// A 128-bit global identifier.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gid(pub [u8; 16]);
+
+/// The number that datagrams to a multicast group are sent to.
+pub const MULTICAST_QPN: u32 = 0xff_ffff;
 
 /// Unicast LIDs.
 const LIDS: std::ops::RangeInclusive<u16> = 1..=0xbfff;
@@ -78,6 +83,39 @@ impl Gid {
     /// The address of a GID.
     pub fn ip(self) -> std::net::IpAddr {
         std::net::IpAddr::V6(self.0.into()).to_canonical()
+    }
+
+    /// The NIC's EUI-64, which no vendor gave: the last eight bytes, marked as locally administered (never zero).
+    pub fn guid(self) -> [u8; 8] {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&self.0[8..]);
+        bytes[0] |= 2;
+        bytes
+    }
+
+    /// The other GID of a NIC with this IPv4 address: IPv6's link-local one, made of its EUI-64, as every NIC has it.
+    pub fn link_local(self) -> Option<Self> {
+        let mut gid = Gid([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        gid.0[8..].copy_from_slice(&self.guid());
+        self.ip().is_ipv4().then_some(gid)
+    }
+
+    /// The GID that connections are made by: of a link-local one the IPv4 address behind it.
+    pub fn canonical(self) -> Self {
+        match self.0 {
+            [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 2, 0, 0xff, 0xff, a, b, c, d] => Gid::of([a, b, c, d].into()),
+            _ => self,
+        }
+    }
+
+    /// The NIC's table of GIDs: programs find one of either family first, and an empty entry, as on every NIC, last.
+    pub fn table(self) -> [Option<Self>; 3] {
+        [Some(self), self.link_local(), None]
+    }
+
+    /// Is it a multicast group's: an IPv6 multicast address, or an IPv4 one?
+    pub fn is_multicast(self) -> bool {
+        self.ip().is_multicast()
     }
 
     /// The local identifier of this GID: its last 16 bits, if they are in the unicast range (IBA 4.1.3), else 0, which is none.
@@ -151,6 +189,11 @@ numbered! {
     }
 }
 
+numbered! {
+    /// `ibv_mw_type`.
+    MwType: u32 { One = 1, Two = 2, }
+}
+
 impl QpType {
     /// The type of QP this one connects to.
     pub fn counterpart(self) -> Self {
@@ -178,6 +221,12 @@ numbered! {
     /// `ibv_wr_opcode`.
     SendOp: u32 {
         Write = 0, WriteImm = 1, Send = 2, SendImm = 3, Read = 4, CompareSwap = 5, FetchAdd = 6,
+        /// A memory window's key ends.
+        LocalInv = 7,
+        /// A memory window's key begins.
+        BindMw = 8,
+        /// A SEND that ends the key of a memory window of the receiver's.
+        SendInv = 9,
         /// Eight bytes that appear at once.
         AtomicWrite = 15,
     }
@@ -188,10 +237,12 @@ impl SendOp {
     pub fn completion(self) -> WcOpcode {
         match self {
             SendOp::Write | SendOp::WriteImm => WcOpcode::RdmaWrite,
-            SendOp::Send | SendOp::SendImm => WcOpcode::Send,
+            SendOp::Send | SendOp::SendImm | SendOp::SendInv => WcOpcode::Send,
             SendOp::Read => WcOpcode::RdmaRead,
             SendOp::CompareSwap => WcOpcode::CompSwap,
             SendOp::FetchAdd => WcOpcode::FetchAdd,
+            SendOp::LocalInv => WcOpcode::LocalInv,
+            SendOp::BindMw => WcOpcode::BindMw,
             SendOp::AtomicWrite => WcOpcode::AtomicWrite,
         }
     }
@@ -202,7 +253,12 @@ impl SendOp {
 
     /// Does it take a receive at the other end?
     pub fn consumes_receive(self) -> bool {
-        matches!(self, SendOp::Send | SendOp::SendImm | SendOp::WriteImm)
+        self.is_send() || self == SendOp::WriteImm
+    }
+
+    /// Is it a message for a receive?
+    pub fn is_send(self) -> bool {
+        matches!(self, SendOp::Send | SendOp::SendImm | SendOp::SendInv)
     }
 
     pub fn is_atomic(self) -> bool {
@@ -223,7 +279,7 @@ impl SendOp {
 numbered! {
     /// `ibv_wc_opcode`.
     WcOpcode: u32 {
-        Send = 0, RdmaWrite = 1, RdmaRead = 2, CompSwap = 3, FetchAdd = 4, AtomicWrite = 9, Recv = 128, RecvRdmaWithImm = 129,
+        Send = 0, RdmaWrite = 1, RdmaRead = 2, CompSwap = 3, FetchAdd = 4, BindMw = 5, LocalInv = 6, AtomicWrite = 9, Recv = 128, RecvRdmaWithImm = 129,
     }
 }
 
@@ -293,6 +349,16 @@ mod tests {
         assert_eq!(rnr_timer_us(0), 655_360);
         assert_eq!(ack_timeout_us(0), None);
         assert_eq!(ack_timeout_us(14), Some(67_108));
+    }
+
+    #[test]
+    fn a_link_local_gid_is_an_ipv4_address_by_another_name() {
+        let gid = Gid::of([10, 9, 8, 7].into());
+        let other = gid.link_local().expect("IPv4");
+        assert_eq!(other.ip().to_string(), "fe80::200:ffff:a09:807");
+        assert_eq!((other.canonical(), gid.canonical()), (gid, gid));
+        let six = Gid::of("fd00::1".parse::<std::net::IpAddr>().expect("address"));
+        assert_eq!((six.link_local(), six.canonical()), (None, six));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::time::Instant;
 
 use freeflow_core::exec::{
-    Env, LocalTable, Outcome, Peer, Progress, Request, Target, UdDest, abandon, execute,
+    Env, LocalTable, Outcome, Peer, Progress, Request, Retired, Target, UdDest, abandon, execute,
 };
 use freeflow_core::ring::{INLINE_BYTES, LinkDone, MAX_SGE, Ring, RqShared, Submissions, Wqe};
 use freeflow_core::sync::Ordering;
@@ -64,6 +64,8 @@ pub struct Endpoint {
     forwarded: Option<Forwarded>,
     /// The shared receive queue has fallen below its limit; its owner is to be told.
     limited: Cell<bool>,
+    /// What the peer has invalidated of this end's.
+    pub retired: Retired,
 }
 
 impl Endpoint {
@@ -76,6 +78,7 @@ impl Endpoint {
             responder: Responder::new(),
             forwarded: None,
             limited: Cell::new(false),
+            retired: Retired::default(),
         }
     }
 
@@ -228,7 +231,8 @@ impl Endpoint {
             let sges = [Sge { addr: base, length, lkey: 0 }];
             let target = target_of(header, op);
             let request = Request { op, flags, imm: header.imm, target, sges: &sges, srqn: 0 };
-            let mut memory = Inbound::new(&self.qp, Some(input), base + u64::from(header.offset));
+            let mut memory =
+                Inbound::new(&self.qp, &self.retired, Some(input), base + u64::from(header.offset));
             memory.word = op.is_word();
             let budget = u64::from(header.len).max(1);
             let outcome = self.run(&request, &mut progress, &mut memory, (header.from, self.qp.dest), budget);
@@ -260,7 +264,7 @@ impl Endpoint {
         let request =
             Request { op: SendOp::Read, flags: SendFlags::INLINE, imm: 0, target, sges: &sges, srqn: 0 };
         let mut progress = Progress { moved: read.sent.into(), claim: None };
-        let mut memory = Inbound::new(&self.qp, None, NOWHERE);
+        let mut memory = Inbound::new(&self.qp, &self.retired, None, NOWHERE);
         memory.by_reference = len >= BY_REFERENCE;
         let from = (self.qp.dest_qpn, self.qp.dest);
         match self.run(&request, &mut progress, &mut memory, from, len.into()) {
@@ -273,7 +277,7 @@ impl Endpoint {
     /// Gives back the receive that a request had begun to fill.
     pub fn give_up(&mut self) {
         let mut progress = std::mem::take(&mut self.responder.progress);
-        let mut memory = Inbound::new(&self.qp, None, NOWHERE);
+        let mut memory = Inbound::new(&self.qp, &self.retired, None, NOWHERE);
         abandon(&mut progress, self.peer(), &mut memory, self.qp.dest_qpn, 0);
         if memory.rings > 0 {
             self.qp.recv_cq.bell.iter().for_each(|bell| bell.ring());
@@ -299,7 +303,7 @@ impl Endpoint {
         let flags = SendFlags::INLINE | if solicited { SendFlags::SOLICITED } else { SendFlags::empty() };
         let request =
             Request { op, flags, imm: header.imm, target: Target::Datagram(dest), sges: &sges, srqn: 0 };
-        let mut memory = Inbound::new(&self.qp, None, 0);
+        let mut memory = Inbound::new(&self.qp, &self.retired, None, 0);
         self.run(&request, &mut Progress::default(), &mut memory, (header.from, from), u64::MAX);
     }
 }
@@ -327,7 +331,8 @@ pub fn spans(qp: &FarQp, wr: &Wr, offset: u32, len: u32) -> Result<Vec<Span>, Wc
 
 fn target_of(header: &Header, op: SendOp) -> Target {
     match op {
-        SendOp::Send | SendOp::SendImm => Target::Receive,
+        SendOp::Send | SendOp::SendImm | SendOp::SendInv => Target::Receive,
+        SendOp::LocalInv | SendOp::BindMw => Target::Invalidate { rkey: 0 },
         SendOp::Write | SendOp::WriteImm | SendOp::Read | SendOp::AtomicWrite => {
             Target::Memory { addr: header.addr, rkey: header.rkey }
         }
@@ -340,7 +345,11 @@ fn target_of(header: &Header, op: SendOp) -> Target {
 
 /// What a process submitted, judged. None: it is nonsense.
 fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
-    let op = SendOp::try_from(u32::from(wqe.op)).ok()?;
+    let asked = SendOp::try_from(u32::from(wqe.op)).ok()?;
+    // The process has done it; here it is a WRITE of nothing, which ends in its turn, and as the process says.
+    let own = matches!(asked, SendOp::BindMw | SendOp::LocalInv);
+    let op = if own { SendOp::Write } else { asked };
+    let failed = WcStatus::try_from(wqe.imm).ok().filter(|status| own && *status != WcStatus::Success);
     let listed: u64 = sges.iter().map(|sge| u64::from(sge.length)).sum();
     let total = if sges.is_empty() { payload.len() as u64 } else { listed };
     let source = match sges {
@@ -348,7 +357,8 @@ fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
         list => Source::List(list.to_vec()),
     };
     let target = match op {
-        SendOp::Send | SendOp::SendImm => Target::Receive,
+        SendOp::Send | SendOp::SendImm | SendOp::SendInv => Target::Receive,
+        SendOp::LocalInv | SendOp::BindMw => Target::Invalidate { rkey: 0 },
         SendOp::Write | SendOp::WriteImm | SendOp::Read | SendOp::AtomicWrite => {
             Target::Memory { addr: wqe.addr, rkey: wqe.rkey }
         }
@@ -357,7 +367,7 @@ fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
             Target::Atomic { addr, rkey, compare_add, swap }
         }
     };
-    let long = total > limits::MESSAGE || (op.is_word() && total != 8);
+    let long = total > limits::MESSAGE || (op.is_word() && total != 8) || (own && total > 0);
     Some(Wr {
         op,
         flags: SendFlags::from_bits_truncate(u32::from(wqe.flags & !Wqe::QUIET)),
@@ -369,6 +379,6 @@ fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
         timeout: wqe.timeout,
         retry_cnt: wqe.retry_cnt,
         rnr_retry: wqe.rnr_retry,
-        bad: long.then_some(WcStatus::LocLenErr),
+        bad: failed.or(long.then_some(WcStatus::LocLenErr)),
     })
 }

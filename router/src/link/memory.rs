@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
-use freeflow_core::exec::{FarCopy, PeerMemory, Reach};
+use freeflow_core::exec::{FarCopy, PeerMemory, Reach, Retired};
 use freeflow_core::ring::{Extent, MR_SLOTS, MrEntry, MrView, mr::slot_of};
 use freeflow_core::shm::{PAGE, PdMemoryView, SharedBytes, View};
 use freeflow_core::verbs::{Access, QpType, Sge, WcStatus};
@@ -60,8 +60,18 @@ impl Memory {
     /// The region behind `key`, and the owner's address of `[addr, addr+len)` in it, if it grants `need`.
     fn check(&self, key: u32, need: Access, addr: u64, len: u64) -> Option<(MrView, u64)> {
         let entry = entry_of(&self.mrs, key)?;
-        let va = entry.check(key, self.pd, need, addr, len)?;
+        let va = entry.check(key, self.pd, need, addr, len);
+        let va = va.or_else(|| entry.check_null(key, self.pd, need, len))?;
         Some((entry.read(key)?, va))
+    }
+
+    /// The same of an rkey, which may be a memory window's that queue pair `qpn` may use.
+    fn check_remote(&self, key: u32, qpn: u32, need: Access, addr: u64, len: u64) -> Option<(MrView, u64)> {
+        self.check(key, need, addr, len).or_else(|| {
+            let entry = entry_of(&self.mrs, key)?;
+            let (va, _) = entry.check_window(key, (self.pd, qpn), need, addr, len)?;
+            Some((entry.read(key)?, va))
+        })
     }
 
     /// Calls `each` with consecutive stretches of `[va, va+len)`.
@@ -314,6 +324,9 @@ fn receive(fd: BorrowedFd<'_>, to: *mut u8, len: usize, input: &mut Input<'_>) -
 #[derive(Debug)]
 pub struct Inbound<'a, 'i> {
     pub memory: &'a Memory,
+    qpn: u32,
+    /// What the other end has invalidated.
+    retired: &'a Retired,
     /// Where its receives' buffers are.
     pub receives: &'a Memory,
     pub reliable: bool,
@@ -334,10 +347,12 @@ pub struct Inbound<'a, 'i> {
 }
 
 impl<'a, 'i> Inbound<'a, 'i> {
-    pub fn new(qp: &'a FarQp, input: Option<&'a mut Input<'i>>, at: u64) -> Self {
+    pub fn new(qp: &'a FarQp, retired: &'a Retired, input: Option<&'a mut Input<'i>>, at: u64) -> Self {
         let memory = &qp.memory;
         Inbound {
             memory,
+            qpn: qp.qpn,
+            retired,
             receives: qp.srq.as_ref().map_or(memory, |srq| &srq.memory),
             reliable: qp.kind != QpType::Uc,
             input,
@@ -406,7 +421,10 @@ impl PeerMemory for Inbound<'_, '_> {
         };
         let receive = copy.kind == copy_kind::RECV;
         let memory = if receive { self.receives } else { self.memory };
-        let found = memory.check(copy.key, need, copy.remote, copy.len);
+        let found = match receive {
+            true => memory.check(copy.key, need, copy.remote, copy.len),
+            false => memory.check_remote(copy.key, self.qpn, need, copy.remote, copy.len),
+        };
         let (view, va) = found.ok_or(Errno::ACCESS)?;
         if copy.kind == copy_kind::READ {
             let mut output = std::mem::take(&mut self.output);
@@ -415,6 +433,10 @@ impl PeerMemory for Inbound<'_, '_> {
             return collected;
         }
         self.bring(memory, &view, va, copy)
+    }
+
+    fn retired(&self) -> &Retired {
+        self.retired
     }
 
     fn is_reliable(&self) -> bool {

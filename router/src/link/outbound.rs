@@ -288,6 +288,6 @@ fn request_header(wr: &Wr, from: u32, to: u32) -> Header {
             debug_assert!(SendOp::is_atomic(wr.op));
             Header { addr, rkey, a: compare_add, b: swap, ..base }
         }
-        Target::Receive | Target::Datagram(_) => base,
+        _ => base,
     }
 }

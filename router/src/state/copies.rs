@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use freeflow_core::ring::mr::domain;
 use freeflow_core::verbs::Gid;
 
 use super::{MrTable, Owner, State};
@@ -20,6 +21,8 @@ pub struct CopyPlan {
     pub peer_client: u32,
     /// The PDs of the peer's queue pair and of its receives: the region must be in one.
     pub peer_pds: Vec<u32>,
+    /// As what a memory window says that it is the queue pair's.
+    pub windows: [u32; 2],
 }
 
 impl State {
@@ -28,6 +31,7 @@ impl State {
         let peer = self.find_peer(owner, qpn, dest_qpn, gid)?.ok_or(Refusal::NoPeer)?;
         let (them, qp) = self.qps.get(peer).ok_or(Refusal::NoPeer)?;
         let (peer_client, peer_pds) = (them.client, self.domains_of(them, qp));
+        let windows = [domain::window_of_pd(qp.pd), domain::window_of_qp(peer)];
         if self.is_resuming(peer_client) {
             return Err(Refusal::NoPeer); // its keys are not all back
         }
@@ -44,13 +48,14 @@ impl State {
             table,
             peer_client,
             peer_pds,
+            windows,
         })
     }
 
     /// A piece of a copy into or out of region `key` begins. Each must end in [`State::leave_copy`].
-    pub fn enter_copy(&mut self, client: u32, key: u32, pd: u32) -> Result<()> {
+    pub fn enter_copy(&mut self, client: u32, key: u32, pds: &[u32]) -> Result<()> {
         let mr = self.clients.get_mut(&client).and_then(|c| c.mrs.get_mut(key));
-        let mr = mr.filter(|mr| !mr.revoked && mr.pd == pd);
+        let mr = mr.filter(|mr| !mr.revoked && pds.contains(&mr.pd));
         let mr = mr.ok_or(Refusal::Access("no such key in the peer's protection domain"))?;
         mr.copies += 1;
         Ok(())
@@ -87,12 +92,12 @@ mod tests {
         let me = w.owner_of_new_client(c);
         let (pd, other_pd) = (w.pd(me), w.pd(me));
         let key = w.state.reg_mr(me, pd, 0, 10).expect("mr");
-        assert!(matches!(w.state.enter_copy(me.client, key ^ 0x1_0000, pd), Err(Refusal::Access(_))));
-        assert!(matches!(w.state.enter_copy(me.client, key, other_pd), Err(Refusal::Access(_))));
-        w.state.enter_copy(me.client, key, pd).expect("alive");
-        w.state.enter_copy(me.client, key, pd).expect("alive");
+        assert!(matches!(w.state.enter_copy(me.client, key ^ 0x100_0000, &[pd]), Err(Refusal::Access(_))));
+        assert!(matches!(w.state.enter_copy(me.client, key, &[other_pd]), Err(Refusal::Access(_))));
+        w.state.enter_copy(me.client, key, &[pd]).expect("alive");
+        w.state.enter_copy(me.client, key, &[pd]).expect("alive");
         assert_eq!(w.state.revoke_mr(me, key), Ok(false));
-        assert!(matches!(w.state.enter_copy(me.client, key, pd), Err(Refusal::Access(_))));
+        assert!(matches!(w.state.enter_copy(me.client, key, &[pd]), Err(Refusal::Access(_))));
         assert!(!w.state.leave_copy(me.client, key));
         assert!(w.state.leave_copy(me.client, key));
         assert_eq!(w.state.revoke_mr(me, key), Ok(true));

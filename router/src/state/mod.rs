@@ -8,6 +8,7 @@ mod container;
 mod copies;
 mod death;
 mod far;
+mod mcast;
 mod mr;
 mod objects;
 mod peers;
@@ -31,6 +32,7 @@ pub use client::{Client, Given, MrTable};
 pub use container::{Container, Counters, sorted};
 pub use copies::CopyPlan;
 pub use far::{FarQp, FarRing, FarSrq};
+use mcast::Groups;
 pub use mr::{Mr, Mrs};
 pub use objects::{Channel, Cq, Pd, Slab};
 pub use qp::{Link, NewQp, Qp};
@@ -47,6 +49,8 @@ use crate::refusal::{Refusal, Result};
 
 /// Client ids have 24 bits.
 const CLIENT_IDS: u32 = 1 << 24;
+/// Ids of other objects have 30: a PD is told from the domain of a memory window (`ring::mr`).
+const OBJECT_IDS: u32 = 1 << 30;
 
 /// Something a client must be told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +104,8 @@ pub struct State {
     pub qps: Table<Qp>,
     pub srqs: Table<Srq>,
     pub outbox: Outbox,
+    /// Multicast groups, per tenant.
+    groups: HashMap<Tenant, Groups>,
     /// Queue pairs that were connected under an earlier router, and whose peers have not come back.
     awaiting: HashSet<u32>,
     random: Random,
@@ -113,7 +119,7 @@ impl State {
     pub fn new(settings: Arc<Settings>, mut random: Random) -> Self {
         // Somewhere else than an earlier router, whose clients may come back with theirs.
         let mut start = || random.next_u32().unwrap_or(0);
-        let (next_client, next_object) = (start() % (CLIENT_IDS - 1) + 1, start().max(1));
+        let (next_client, next_object) = (start() % (CLIENT_IDS - 1) + 1, start() % (OBJECT_IDS - 1) + 1);
         State {
             settings,
             containers: BTreeMap::new(),
@@ -127,6 +133,7 @@ impl State {
             qps: Table::new("queue pair"),
             srqs: Table::new("shared receive queue"),
             outbox: Outbox::default(),
+            groups: HashMap::new(),
             awaiting: HashSet::new(),
             random,
             next_connection: 1,
@@ -264,7 +271,7 @@ impl State {
         }
         loop {
             let id = self.next_object;
-            self.next_object = id.checked_add(1).unwrap_or(1);
+            self.next_object = id % (OBJECT_IDS - 1) + 1;
             if !self.is_object(id) {
                 return Ok(id);
             }

@@ -4,14 +4,14 @@ use std::collections::HashSet;
 
 use freeflow_core::ring::{MAX_SGE, QpShared, RecvSlot, RqShared};
 use freeflow_core::sync::Ordering;
-use freeflow_core::verbs::{Gid, QpState, QpType};
+use freeflow_core::verbs::{Gid, MULTICAST_QPN, QpState, QpType};
 
 use super::{Counters, Owner, State};
 use crate::quota::Resource;
 use crate::refusal::{Refusal, Result};
 
-/// Queue pair numbers have 24 bits; 0 and 1 are special.
-const QPNS: std::ops::Range<u32> = 2..1 << 24;
+/// Queue pair numbers have 24 bits; 0, 1 and the last are special.
+const QPNS: std::ops::Range<u32> = 2..MULTICAST_QPN;
 
 /// What a queue pair said about its peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,6 +178,7 @@ impl State {
     /// Takes a disconnected queue pair out of all tables.
     pub(super) fn remove_qp(&mut self, owner: Owner, qpn: u32) {
         let ended = self.qp_counters(qpn);
+        self.leave_groups(owner, qpn);
         let Some(qp) = self.qps.remove(qpn) else { return };
         for target in &qp.resolved {
             self.qps.get_mut(*target).into_iter().for_each(|t| _ = t.resolvers.remove(&qpn));

@@ -3,7 +3,7 @@
 use crate::guard;
 use crate::imports::Exports;
 use crate::object::{Live, Object};
-use crate::{cq, device, dm, mr, pd, post, qp, query, srq, unsupported};
+use crate::{cq, device, dm, mr, mw, pd, post, qp, query, srq, unsupported};
 use freeflow_core::client;
 use freeflow_verbs_abi::*;
 use std::ffi::{c_int, c_void};
@@ -58,6 +58,7 @@ pub fn create(
     verbs.modify_cq = Some(cq::modify);
     verbs.query_rt_values = Some(query::rt_values);
     verbs.advise_mr = Some(mr::advise);
+    verbs.alloc_null_mr = Some(mr::alloc_null);
     verbs.alloc_td = Some(pd::alloc_td);
     verbs.dealloc_td = Some(pd::dealloc_td);
     verbs.alloc_parent_domain = Some(pd::alloc_parent_domain);
@@ -88,9 +89,9 @@ fn operations() -> ibv_context_ops {
         post_send: Some(post::post_send),
         post_recv: Some(post::post_recv),
         post_srq_recv: Some(srq::post_recv),
-        alloc_mw: Some(no_alloc_mw),
-        bind_mw: Some(no_bind_mw),
-        dealloc_mw: Some(no_dealloc_mw),
+        alloc_mw: Some(mw::alloc),
+        bind_mw: Some(mw::bind),
+        dealloc_mw: Some(mw::dealloc),
         _compat_alloc_pd: gone,
         _compat_dealloc_pd: gone,
         _compat_reg_mr: gone,
@@ -118,18 +119,6 @@ fn operations() -> ibv_context_ops {
 
 unsafe extern "C" fn no_compat() -> *mut c_void {
     unsupported::ptr()
-}
-
-unsafe extern "C" fn no_alloc_mw(_: *mut ibv_pd, _: ibv_mw_type) -> *mut ibv_mw {
-    unsupported::ptr().cast()
-}
-
-unsafe extern "C" fn no_bind_mw(_: *mut ibv_qp, _: *mut ibv_mw, _: *mut ibv_mw_bind) -> c_int {
-    unsupported::int()
-}
-
-unsafe extern "C" fn no_dealloc_mw(_: *mut ibv_mw) -> c_int {
-    unsupported::int()
 }
 
 /// Closes the device; ours is the only reference to core's side unless objects are left, which go with the process.

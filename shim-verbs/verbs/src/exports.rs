@@ -9,6 +9,7 @@ pub use crate::events::*;
 pub use crate::fork::*;
 pub use crate::imports::*;
 pub use crate::marshal::*;
+pub use crate::mcast::*;
 pub use crate::mr::*;
 pub use crate::pd::*;
 pub use crate::qp::*;

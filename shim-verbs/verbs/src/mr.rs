@@ -3,7 +3,7 @@
 use crate::context::Context;
 use crate::convert;
 use crate::dm::DmUser;
-use crate::guard::{self, EINVAL, EOPNOTSUPP, Errno, Result, set_errno};
+use crate::guard::{self, EBUSY, EINVAL, EOPNOTSUPP, Errno, Result, set_errno};
 use crate::object::Object;
 use crate::pd::Pd;
 use crate::post::sges;
@@ -19,9 +19,19 @@ pub struct Rust {
     access: Mutex<c_uint>,
     /// The device memory it is in.
     _dm: Option<DmUser>,
+    /// Of the null region: what it is.
+    _null: Option<Arc<client::NullMr>>,
 }
 
 pub type Mr = Object<ibv_mr, Rust>;
+
+impl Mr {
+    /// EBUSY while a memory window is bound to it.
+    fn check_unbound(&self) -> Result<()> {
+        let bound = lock(&self.rust.core).as_ref().is_some_and(|core| core.is_bound());
+        if bound { Err(EBUSY) } else { Ok(()) }
+    }
+}
 
 /// The C side of a region.
 pub fn create(
@@ -37,7 +47,7 @@ pub fn create(
     // SAFETY: a PD keeps its context alive.
     unsafe { Context::of_ibv(context) }.rust.exports.offer_mr(key, length, key);
     let mr = ibv_mr { context, pd, addr, length, handle: key, lkey: key, rkey: key };
-    Mr::alloc(mr, Rust { core: Mutex::new(Some(core)), access: Mutex::new(0), _dm: dm })
+    Mr::alloc(mr, Rust { core: Mutex::new(Some(core)), access: Mutex::new(0), _dm: dm, _null: None })
 }
 
 /// A second handle on a region.
@@ -46,7 +56,23 @@ pub fn imported(pd: *mut ibv_pd, length: usize, key: u32) -> *mut ibv_mr {
     let context = unsafe { (*pd).context };
     let addr = std::ptr::null_mut();
     let mr = ibv_mr { context, pd, addr, length, handle: key, lkey: key, rkey: key };
-    Mr::alloc(mr, Rust { core: Mutex::default(), access: Mutex::default(), _dm: None })
+    Mr::alloc(mr, Rust { core: Mutex::default(), access: Mutex::default(), _dm: None, _null: None })
+}
+
+/// Behind the inline ibv_alloc_null_mr: an lkey, and no rkey.
+pub unsafe extern "C" fn alloc_null(pd: *mut ibv_pd) -> *mut ibv_mr {
+    guard::pointer(|| {
+        // SAFETY: called through a live PD.
+        let domain = unsafe { Pd::of(pd) };
+        let null = domain.rust.core.alloc_null_mr()?;
+        domain.rust.users.add();
+        // SAFETY: a field of a live C structure.
+        let context = unsafe { (*pd).context };
+        let (addr, lkey) = (std::ptr::null_mut(), null.lkey());
+        let mr = ibv_mr { context, pd, addr, length: usize::MAX, handle: lkey, lkey, rkey: 0 };
+        let (core, access) = (Mutex::default(), Mutex::default());
+        Ok(Mr::alloc(mr, Rust { core, access, _dm: None, _null: Some(null) }))
+    })
 }
 
 /// The one registration behind all three functions: a region at `addr` that peers address from `iova` on.
@@ -160,7 +186,9 @@ unsafe fn reregister(
     // SAFETY: the live C structure, copied.
     let old = unsafe { mr.read() };
     // SAFETY: the caller's promise.
-    let rust = unsafe { &Mr::of(mr).rust };
+    let region = unsafe { Mr::of(mr) };
+    region.check_unbound()?;
+    let rust = &region.rust;
     let (addr, length) = if moves { (addr, length) } else { (old.addr, old.length) };
     if addr.is_null() && named(IBV_REREG_MR_CHANGE_PD) {
         return Err(EOPNOTSUPP); // device memory, or all of memory
@@ -199,6 +227,8 @@ unsafe fn reregister(
 /// `mr` is a live MR of this library.
 pub unsafe extern "C" fn ibv_dereg_mr(mr: *mut ibv_mr) -> c_int {
     guard::code(|| {
+        // SAFETY: the caller's promise.
+        unsafe { Mr::of(mr) }.check_unbound()?;
         // SAFETY: the live C structure, copied.
         let c = unsafe { mr.read() };
         // SAFETY: a PD keeps its context alive.

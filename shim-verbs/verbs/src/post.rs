@@ -5,11 +5,12 @@
 
 use crate::ah::Ah;
 use crate::cq::Cq;
-use crate::guard::{EINVAL, Errno, Result};
+use crate::guard::{EINVAL, EOPNOTSUPP, Errno, Result};
+use crate::mw;
 use crate::qp::Qp;
 use freeflow_core::client::SendWr;
 use freeflow_core::exec::{Request, Target, UdDest};
-use freeflow_core::verbs::{AhAttr, QpType, SendFlags, SendOp, Sge, Wc};
+use freeflow_core::verbs::{AhAttr, MwType, QpType, SendFlags, SendOp, Sge, Wc};
 use freeflow_verbs_abi::*;
 use std::ffi::c_int;
 use std::ptr;
@@ -42,8 +43,12 @@ unsafe fn target(op: SendOp, wr: &ibv_send_wr) -> Target {
             swap: a.swap,
         };
     }
-    if matches!(op, SendOp::Send | SendOp::SendImm) {
+    if op.is_send() {
         return Target::Receive;
+    }
+    if op == SendOp::LocalInv {
+        // SAFETY: any four bytes are a key.
+        return Target::Invalidate { rkey: unsafe { wr.__bindgen_anon_1.invalidate_rkey } };
     }
     // SAFETY: as above.
     let rdma = unsafe { wr.wr.rdma };
@@ -75,7 +80,11 @@ pub fn datagram_to(ah: &Ah, qpn: u32, qkey: u32) -> Target {
 /// # Safety
 /// `wr` is as the C API demands: live lists, and a union as its opcode says.
 unsafe fn send_one(qp: &Qp, wr: &ibv_send_wr) -> Result<()> {
-    let op = SendOp::try_from(wr.opcode).map_err(|_| EINVAL)?;
+    let op = SendOp::try_from(wr.opcode).map_err(unbuilt)?;
+    if op == SendOp::BindMw {
+        // SAFETY: the caller's promise.
+        return unsafe { bind_one(qp, wr) };
+    }
     let target = match qp.rust.kind {
         // SAFETY: the caller's promise.
         QpType::Ud => unsafe { datagram(op, wr) }?,
@@ -94,6 +103,28 @@ unsafe fn send_one(qp: &Qp, wr: &ibv_send_wr) -> Result<()> {
         _ => 0,
     };
     let request = Request { op, flags, imm, target, srqn, sges };
+    Ok(qp.rust.core.post_send(&SendWr { wr_id: wr.wr_id, request })?)
+}
+
+/// Opcodes that the C API has, and this library does not.
+#[cold]
+fn unbuilt(opcode: ibv_wr_opcode) -> Errno {
+    const FLUSH: ibv_wr_opcode = 14;
+    if matches!(opcode, IBV_WR_TSO | IBV_WR_DRIVER1 | FLUSH) { EOPNOTSUPP } else { EINVAL }
+}
+
+/// Posts a request that binds a window of type 2.
+///
+/// # Safety
+/// As for [`send_one`].
+#[cold]
+unsafe fn bind_one(qp: &Qp, wr: &ibv_send_wr) -> Result<()> {
+    // SAFETY: the caller's promise; any bytes are valid integers and pointers.
+    let bind = unsafe { wr.__bindgen_anon_2.bind_mw };
+    // SAFETY: the caller's promise.
+    let (target, imm) = unsafe { mw::target(qp, MwType::Two, bind.mw, bind.rkey, &bind.bind_info) }?;
+    let flags = SendFlags::from_bits(wr.send_flags).ok_or(EINVAL)?;
+    let request = Request { op: SendOp::BindMw, flags, imm, target, srqn: 0, sges: &[] };
     Ok(qp.rust.core.post_send(&SendWr { wr_id: wr.wr_id, request })?)
 }
 

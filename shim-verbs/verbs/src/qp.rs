@@ -3,17 +3,18 @@
 use crate::context::Context;
 use crate::convert::{caps_from_c, caps_to_c, mask_from_c, qp_attr_from_c, qp_attr_to_c};
 use crate::cq::Cq;
-use crate::guard::{self, EINVAL, EOPNOTSUPP, Result};
+use crate::guard::{self, EBUSY, EINVAL, EOPNOTSUPP, Result};
 use crate::object::{Acks, Delivered, Live, Object, Users};
 use crate::pd::Pd;
 use crate::srq::{Srq, Xrcd};
 use crate::wr_builder::{self, Builder};
 use freeflow_core::client::{self, QpInit, Source};
-use freeflow_core::verbs::{QpAttrMask, QpCaps, QpType};
+use freeflow_core::verbs::{Gid, QpAttrMask, QpCaps, QpType};
 use freeflow_verbs_abi::*;
+use std::collections::HashSet;
 use std::ffi::c_int;
 use std::mem::{size_of, zeroed};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 const NEWER: usize = (QP_EX_MAX_SIZE - size_of::<ibv_qp_ex>()) / size_of::<usize>();
 
@@ -36,6 +37,8 @@ pub struct Rust {
     pub async_events: Delivered,
     /// Of XRC's target: its domain.
     xrcd: *mut ibv_xrcd,
+    /// Multicast groups it is attached to.
+    pub groups: Mutex<HashSet<Gid>>,
     live: Arc<Live>,
 }
 
@@ -165,7 +168,8 @@ unsafe fn create(
     let live = Arc::clone(&unsafe { Context::of_ibv(context) }.rust.live);
     live.insert(place.cookie());
     let (sq_sig_all, async_events) = (init.sq_sig_all != 0, Delivered::default());
-    let qp = place.fill(c, Rust { core, kind, caps, sq_sig_all, builder, async_events, xrcd, live });
+    let groups = Mutex::default();
+    let qp = place.fill(c, Rust { core, kind, caps, sq_sig_all, builder, async_events, xrcd, groups, live });
     Ok(qp.cast())
 }
 
@@ -300,6 +304,9 @@ pub unsafe extern "C" fn ibv_destroy_qp(qp: *mut ibv_qp) -> c_int {
         let pair = unsafe { Qp::of(qp) };
         // SAFETY: the live C structure, copied.
         let base = unsafe { qp.read() };
+        if !pair.rust.groups.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            return Err(EBUSY);
+        }
         let xrcd = pair.rust.xrcd;
         pair.rust.live.remove(qp as u64);
         pair.rust.core.close();

@@ -1,4 +1,4 @@
-//! What the device says about itself: honest limits, one port, one GID, one partition key.
+//! What the device says about itself: honest limits, one port, its GIDs, one partition key.
 
 use crate::context;
 use crate::cq_ex;
@@ -18,15 +18,10 @@ const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 /// The default partition, full membership.
 const PKEY: u16 = 0xffff;
 const PORT: u8 = 1;
-/// Entries of the GID table: the container's address, and an empty one, as on every NIC.
-const GIDS: u32 = 2;
 
-/// The GUID programs see, in network byte order: the GID's last eight bytes, marked locally administered (never zero).
+/// The GUID programs see, in network byte order.
 pub fn guid(gid: Gid) -> __be64 {
-    let mut bytes = [0u8; 8];
-    bytes.copy_from_slice(&gid.0[8..]);
-    bytes[0] |= 2;
-    u64::from_ne_bytes(bytes)
+    u64::from_ne_bytes(gid.guid())
 }
 
 /// IBV_DEVICE_ATOMIC_WRITE of `device_cap_flags_ex`, which does not fit into the enumeration's type.
@@ -62,12 +57,16 @@ fn device_attr(core: &client::Context) -> ibv_device_attr {
             | IBV_DEVICE_SYS_IMAGE_GUID
             | IBV_DEVICE_RC_RNR_NAK_GEN
             | IBV_DEVICE_PORT_ACTIVE_EVENT
-            | IBV_DEVICE_XRC,
+            | IBV_DEVICE_XRC
+            | IBV_DEVICE_MEM_WINDOW
+            | IBV_DEVICE_MEM_WINDOW_TYPE_2B
+            | IBV_DEVICE_MEM_MGT_EXTENSIONS,
         max_sge: int(limits::SGE),
         max_sge_rd: int(limits::SGE),
         max_cq: int(quota.max_cq),
         max_cqe: int(quota.max_cqe),
         max_mr: int(quota.max_mr),
+        max_mw: int(quota.max_mr), // a window is a region to the quota
         max_pd: int(quota.max_pd),
         max_qp_rd_atom: c_int::from(limits::RD_ATOMIC),
         max_res_rd_atom: int(quota.max_qp.saturating_mul(u32::from(limits::RD_ATOMIC))),
@@ -76,6 +75,9 @@ fn device_attr(core: &client::Context) -> ibv_device_attr {
         max_srq: int(quota.max_srq),
         max_srq_wr: int(quota.max_qp_wr),
         max_srq_sge: int(limits::SGE),
+        max_mcast_grp: int(quota.max_mcast),
+        max_mcast_qp_attach: int(quota.max_mcast),
+        max_total_mcast_qp_attach: int(quota.max_mcast),
         max_ah: c_int::MAX,
         max_pkeys: 1,
         local_ca_ack_delay: 0,
@@ -177,7 +179,7 @@ fn port_attr(core: &client::Context, port: u32) -> Result<ibv_port_attr> {
         state: IBV_PORT_ACTIVE,
         max_mtu: IBV_MTU_4096,
         active_mtu: IBV_MTU_4096,
-        gid_tbl_len: GIDS as c_int,
+        gid_tbl_len: core.gid().table().len() as c_int,
         port_cap_flags: IBV_PORT_CM_SUP | IBV_PORT_IP_BASED_GIDS,
         max_msg_sz: limits::MESSAGE as u32,
         pkey_tbl_len: 1,
@@ -236,53 +238,56 @@ pub unsafe extern "C" fn ibv_query_gid(
     gid: *mut ibv_gid,
 ) -> c_int {
     guard::number(|| {
-        let filled = gid_index(port.into(), index as u32)?;
         // SAFETY: the caller's promise.
-        let raw = if filled { unsafe { context::core(context) }.gid().0 } else { [0; 16] };
+        let found = gid_at(unsafe { context::core(context) }, port.into(), index as u32)?;
+        let raw = found.unwrap_or_default().0;
         // SAFETY: the caller's promise.
         unsafe { gid.write(ibv_gid { raw }) };
         Ok(0)
     })
 }
 
-/// The port and index of the one entry the GID and P_Key tables have.
+/// The port and index of the one entry the P_Key table has.
 fn check_entry(port: u32, index: u32) -> Result<()> {
     if port == u32::from(PORT) && index == 0 { Ok(()) } else { Err(EINVAL) }
 }
 
-/// Is this entry of the GID table filled?
-fn gid_index(port: u32, index: u32) -> Result<bool> {
-    if port == u32::from(PORT) && index < GIDS { Ok(index == 0) } else { Err(EINVAL) }
+/// An entry of the GID table; None: it is empty.
+fn gid_at(core: &client::Context, port: u32, index: u32) -> Result<Option<Gid>> {
+    let table = core.gid().table();
+    let entry = table.get(index as usize).filter(|_| port == u32::from(PORT));
+    entry.copied().ok_or(EINVAL)
 }
 
 /// The private function ibv_devinfo and pyverbs import.
 ///
 /// # Safety
-/// `kind` has room, as the C prototype demands.
+/// `context` is a live context and `kind` has room, as the C prototype demands.
 pub unsafe extern "C" fn ibv_query_gid_type(
-    _: *mut ibv_context,
+    context: *mut ibv_context,
     port: u8,
     index: u32,
     kind: *mut ibv_gid_type,
 ) -> c_int {
     guard::number(|| {
         // Its own enumeration: 0 is IB and RoCE v1 alike, and what an empty entry has, 1 is RoCE v2.
-        let filled = gid_index(port.into(), index)?;
         // SAFETY: the caller's promise.
-        unsafe { kind.write(filled.into()) };
+        let found = gid_at(unsafe { context::core(context) }, port.into(), index)?;
+        // SAFETY: the caller's promise.
+        unsafe { kind.write(found.is_some().into()) };
         Ok(0)
     })
 }
 
-fn gid_entry(core: &client::Context) -> ibv_gid_entry {
-    let gid = core.gid();
-    ibv_gid_entry {
+fn gid_entry(core: &client::Context, gid_index: u32) -> Result<ibv_gid_entry> {
+    let gid = gid_at(core, PORT.into(), gid_index)?.ok_or(Errno(libc::ENODATA))?;
+    Ok(ibv_gid_entry {
         gid: ibv_gid { raw: gid.0 },
-        gid_index: 0,
+        gid_index,
         port_num: PORT.into(),
         gid_type: IBV_GID_TYPE_ROCE_V2,
-        ndev_ifindex: interface_of(gid.ip()).unwrap_or(0),
-    }
+        ndev_ifindex: interface_of(core.gid().ip()).unwrap_or(0),
+    })
 }
 
 /// # Safety
@@ -296,14 +301,14 @@ pub unsafe extern "C" fn _ibv_query_gid_ex(
     entry_size: usize,
 ) -> c_int {
     guard::code(|| {
-        if !gid_index(port, index)? {
-            return Err(Errno(libc::ENODATA));
-        }
-        if flags != 0 || entry_size < size_of::<ibv_gid_entry>() {
+        if port != u32::from(PORT) {
             return Err(EINVAL);
         }
         // SAFETY: the caller's promise.
-        let answer = gid_entry(unsafe { context::core(context) });
+        let answer = gid_entry(unsafe { context::core(context) }, index)?;
+        if flags != 0 || entry_size < size_of::<ibv_gid_entry>() {
+            return Err(EINVAL);
+        }
         // SAFETY: the caller's promise.
         unsafe { copy_sized(&answer, entry, entry_size) };
         Ok(())
@@ -321,13 +326,23 @@ pub unsafe extern "C" fn _ibv_query_gid_table(
     flags: u32,
     entry_size: usize,
 ) -> isize {
-    // SAFETY: the caller's promise; _ibv_query_gid_ex writes one entry only.
-    let error = match max {
-        0 => EINVAL.0,
-        // SAFETY: as above.
-        _ => unsafe { _ibv_query_gid_ex(context, PORT.into(), 0, entries, flags, entry_size) },
-    };
-    if error == 0 { 1 } else { -(error as isize) }
+    let mut written = 0;
+    // SAFETY: the caller's promise.
+    let table = unsafe { context::core(context) }.gid().table();
+    for (index, _) in table.iter().enumerate().filter(|(_, gid)| gid.is_some()) {
+        if written == max {
+            return -(EINVAL.0 as isize);
+        }
+        let entry = entries.wrapping_byte_add(written * entry_size);
+        // SAFETY: the caller's promise; this writes one entry, and there is room for more than `written`.
+        let error =
+            unsafe { _ibv_query_gid_ex(context, PORT.into(), index as u32, entry, flags, entry_size) };
+        if error != 0 {
+            return -(error as isize);
+        }
+        written += 1;
+    }
+    written as isize
 }
 
 /// # Safety

@@ -6,11 +6,12 @@
 
 use crate::ah::Ah;
 use crate::guard::{ENOMEM, Errno, Result};
+use crate::mw;
 use crate::post;
 use crate::qp::Qp;
 use freeflow_core::client::SendWr;
 use freeflow_core::exec::{Request, Target};
-use freeflow_core::verbs::{QpCaps, SendFlags, SendOp, Sge};
+use freeflow_core::verbs::{MwType, QpCaps, SendFlags, SendOp, Sge};
 use freeflow_verbs_abi::*;
 use spin::mutex::{SpinMutex, SpinMutexGuard};
 use std::ffi::{c_int, c_void};
@@ -24,6 +25,9 @@ pub const SUPPORTED_OPS: u64 = (IBV_QP_EX_WITH_RDMA_WRITE
     | IBV_QP_EX_WITH_RDMA_READ
     | IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP
     | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD
+    | IBV_QP_EX_WITH_LOCAL_INV
+    | IBV_QP_EX_WITH_BIND_MW
+    | IBV_QP_EX_WITH_SEND_WITH_INV
     | IBV_QP_EX_WITH_ATOMIC_WRITE) as u64;
 
 /// The collection of one QP. Its lock, held from wr_start to wr_complete or wr_abort, is only met by threads that share the
@@ -201,6 +205,40 @@ unsafe extern "C" fn wr_send_imm(qp: *mut ibv_qp_ex, imm_data: __be32) {
     unsafe { begin(qp, op, Target::Receive, imm_data) }
 }
 
+unsafe extern "C" fn wr_send_inv(qp: *mut ibv_qp_ex, invalidate_rkey: u32) {
+    let op = (SendOp::SendInv, IBV_QP_EX_WITH_SEND_WITH_INV);
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, Target::Receive, invalidate_rkey) }
+}
+
+unsafe extern "C" fn wr_local_inv(qp: *mut ibv_qp_ex, invalidate_rkey: u32) {
+    let op = (SendOp::LocalInv, IBV_QP_EX_WITH_LOCAL_INV);
+    // SAFETY: called through a live QP, as the C API demands.
+    unsafe { begin(qp, op, Target::Invalidate { rkey: invalidate_rkey }, 0) }
+}
+
+unsafe extern "C" fn wr_bind_mw(
+    qp: *mut ibv_qp_ex,
+    window: *mut ibv_mw,
+    rkey: u32,
+    info: *const ibv_mw_bind_info,
+) {
+    // SAFETY: called through a live QP, as the C API demands.
+    let queue = unsafe { Qp::of(qp) };
+    // SAFETY: the program passes what the window is to be bound to.
+    let info = unsafe { &*info };
+    // SAFETY: and a live window.
+    match unsafe { mw::target(queue, MwType::Two, window, rkey, info) } {
+        Ok((target, imm)) => {
+            let op = (SendOp::BindMw, IBV_QP_EX_WITH_BIND_MW);
+            // SAFETY: as above.
+            unsafe { begin(qp, op, target, imm) }
+        }
+        // SAFETY: as above.
+        Err(Errno(error)) => unsafe { batch(qp) }.1.fail(error),
+    }
+}
+
 unsafe extern "C" fn wr_rdma_write(qp: *mut ibv_qp_ex, rkey: u32, addr: u64) {
     let op = (SendOp::Write, IBV_QP_EX_WITH_RDMA_WRITE);
     // SAFETY: called through a live QP, as the C API demands.
@@ -364,9 +402,9 @@ pub fn install(ex: &mut ibv_qp_ex) {
     ex.wr_start = Some(wr_start);
     ex.wr_complete = Some(wr_complete);
     ex.wr_abort = Some(wr_abort);
-    ex.wr_bind_mw = Some(unbuilt_bind_mw);
-    ex.wr_local_inv = Some(unbuilt_u32);
-    ex.wr_send_inv = Some(unbuilt_u32);
+    ex.wr_bind_mw = Some(wr_bind_mw);
+    ex.wr_local_inv = Some(wr_local_inv);
+    ex.wr_send_inv = Some(wr_send_inv);
     ex.wr_set_xrc_srqn = Some(wr_set_xrc_srqn);
     ex.wr_send_tso = Some(unbuilt_tso);
     ex.wr_atomic_write = Some(wr_atomic_write);
@@ -374,16 +412,6 @@ pub fn install(ex: &mut ibv_qp_ex) {
 
 /// What fills the place of functions that newer releases of rdma-core append to `ibv_qp_ex`.
 pub const UNBUILT: unsafe extern "C" fn(*mut ibv_qp_ex) = unbuilt;
-
-unsafe extern "C" fn unbuilt_u32(qp: *mut ibv_qp_ex, _: u32) {
-    // SAFETY: called through a live QP, as the C API demands.
-    unsafe { unbuilt(qp) }
-}
-
-unsafe extern "C" fn unbuilt_bind_mw(qp: *mut ibv_qp_ex, _: *mut ibv_mw, _: u32, _: *const ibv_mw_bind_info) {
-    // SAFETY: called through a live QP, as the C API demands.
-    unsafe { unbuilt(qp) }
-}
 
 unsafe extern "C" fn unbuilt_tso(qp: *mut ibv_qp_ex, _: *mut c_void, _: u16, _: u16) {
     // SAFETY: called through a live QP, as the C API demands.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::exec::LocalTable;
+use crate::exec::{LocalTable, Request};
 use crate::verbs::{QpState, SendFlags, WcStatus};
 
 use super::super::events::{AsyncEvent, AsyncKind};
@@ -39,14 +39,32 @@ impl Qp {
 
     fn forward(&self, side: &mut SendSide) {
         let patience = side.patience;
-        let SendSide { queue, link: Some(link), .. } = side else { return };
         let table = LocalTable::new(&self.context().mrs, self.pd.id);
-        let before = link.submitted;
-        while let Some(SendWr { request, .. }) = queue.at(link.submitted) {
-            let quiet = !self.sq_sig_all && !request.flags.contains(SendFlags::SIGNALED);
-            link.write(&table, &request, patience, quiet);
+        let mut any = false;
+        loop {
+            let SendSide { queue, link: Some(link), .. } = side else { return };
+            let Some(SendWr { wr_id, request }) = queue.at(link.submitted) else { break };
+            let (op, flags) = (request.op, request.flags);
+            let quiet = !self.sq_sig_all && !flags.contains(SendFlags::SIGNALED);
+            // What is about our own keys is done here and now.
+            let own = self.run_own(&request);
+            if let Some(status) = own.filter(|_| queue.next == link.submitted) {
+                link.pass_over();
+                self.finish(side, wr_id, op, flags, status, 0);
+                if !quiet {
+                    self.send_cq.sent(false);
+                }
+                if status == WcStatus::Success {
+                    continue;
+                }
+                break;
+            }
+            // Behind others it takes its place among them: it ends when its turn comes.
+            let imm = own.map_or(request.imm, |status| status as u32);
+            link.write(&table, &Request { imm, ..request }, patience, quiet);
+            any = true;
         }
-        if link.submitted != before {
+        if let (true, Some(link)) = (any, &side.link) {
             link.publish();
         }
     }
@@ -60,7 +78,8 @@ impl Qp {
     fn take_results(&self, side: &mut SendSide) {
         let before = side.queue.next;
         if let Some(done) = side.link.as_ref().and_then(|link| link.take()) {
-            while side.queue.next != done.count && self.end_head(side, WcStatus::Success) {}
+            let count = side.link.as_ref().map_or(0, |link| link.count(done));
+            while side.queue.next != count && self.end_head(side, WcStatus::Success) {}
             if let Ok(status @ 1..) = WcStatus::try_from(done.status).map(|s| s as u32) {
                 self.end_head(side, WcStatus::try_from(status).unwrap_or(WcStatus::GeneralErr));
             }

@@ -245,6 +245,10 @@ impl Qp {
         self.send.lock().route.dest
     }
 
+    pub(super) fn pd_id(&self) -> u32 {
+        self.pd.id
+    }
+
     pub(super) fn lanes(&self) -> &Lanes {
         &self.lanes
     }
@@ -253,7 +257,7 @@ impl Qp {
         &self.lanes.shared[0]
     }
 
-    fn context(&self) -> &Arc<Context> {
+    pub(super) fn context(&self) -> &Arc<Context> {
         &self.pd.context
     }
 
@@ -405,6 +409,7 @@ impl Qp {
         }
         context.qps.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.qpn());
         let _ = context.conn.ask(&DestroyQp { qpn: self.qpn() });
+        context.windows.forsake(context, self.qpn());
         // Late senders notice by the header, and the block is only reused for a QP: nothing else can be hit.
         self.quiesce_briefly();
         self.give_receives_back();

@@ -122,6 +122,7 @@ impl Qp {
     fn reset(&self) {
         self.lanes.set_state(QpState::Reset);
         let _ = self.context().conn.ask(&Disconnect { qpn: self.qpn(), error: 0 });
+        self.context().windows.forsake(self.context(), self.qpn());
         self.quiesce_briefly();
         let empty = || {
             let mut side = self.send.lock();

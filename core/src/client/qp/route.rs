@@ -1,9 +1,10 @@
 //! How a send queue reaches its peers: one for a connected QP, many for UD.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use crate::ctl::{Resolve, peer_state};
-use crate::exec::{Target, UdDest};
+use crate::exec::{Retired, Target, UdDest};
 use crate::sync::Ordering;
 use crate::verbs::Gid;
 
@@ -20,6 +21,8 @@ pub struct Route {
     srqn: u32,
     queues: HashMap<u32, DirectPath>,
     datagrams: HashMap<(Gid, u32), DirectPath>,
+    /// What was invalidated of the connected peer's, by whichever of its queues.
+    retired: Arc<Retired>,
     /// The connected peer turned out to be on another host after the QP was connected.
     pub far_peer: bool,
     /// Destinations of datagrams that are on other hosts.
@@ -57,6 +60,7 @@ impl Route {
     pub fn find(&mut self, target: &Target) -> Option<&mut DirectPath> {
         match target {
             Target::Datagram(UdDest { dgid, qpn, .. }) => self.datagrams.get_mut(&(*dgid, *qpn)),
+            own if own.is_own() => None,
             _ => self.connected.as_mut(),
         }
     }
@@ -66,13 +70,15 @@ impl Route {
     pub fn knows(&mut self, target: &Target) -> bool {
         match target {
             Target::Datagram(dest) => self.knows_datagram(dest),
+            own if own.is_own() => true,
             _ => self.connected.is_some(),
         }
     }
 
     fn knows_datagram(&mut self, dest: &UdDest) -> bool {
         let key = (dest.dgid, dest.qpn);
-        if self.is_far(dest) {
+        // A group has no place of its own: its members have.
+        if self.is_far(dest) || dest.dgid.is_multicast() {
             return true;
         }
         let alive = |path: &DirectPath| path.peer.qp[0].qpn.load(Ordering::Relaxed) == dest.qpn;
@@ -109,7 +115,7 @@ impl Route {
             return;
         }
         let Ok(peer) = context.peers.admit(dest_qpn, &info, fds) else { return };
-        let path = DirectPath::new(peer, dgid);
+        let path = DirectPath::new(peer, dgid, Arc::clone(&self.retired));
         match target {
             Target::Datagram(_) => {
                 self.datagrams.insert((dgid, dest_qpn), path);

@@ -13,7 +13,8 @@ use crate::ring::QpShared;
 use crate::shm::{LocalBytes, SharedBytes, copy_in};
 use crate::sync::Ordering;
 use crate::verbs::{
-    QpAttr, QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits, rnr_timer_us,
+    Access, QpAttr, QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits,
+    rnr_timer_us,
 };
 
 use super::super::events::{AsyncEvent, AsyncKind};
@@ -167,6 +168,7 @@ impl Qp {
             QpType::XrcRecv => false, // a target sends nothing
             _ => !datagram,
         };
+        let op_fits = op_fits && (!wr.target.is_own() || wr.sges.is_empty());
         let list_fits = wr.sges.len() <= self.caps.max_send_sge as usize;
         let mut inline_fits = true;
         if wr.flags.contains(SendFlags::INLINE) {
@@ -241,9 +243,20 @@ impl Qp {
         }
     }
 
-    /// The same while the peer is not there, or for a datagram to another host.
+    /// A request about this process's own keys: carried out at once, whoever takes the others.
     #[cold]
-    fn run_elsewhere(&self, route: &Route, request: &Request<'_>, progress: &mut Progress) -> Outcome {
+    pub(super) fn run_own(&self, request: &Request<'_>) -> Option<WcStatus> {
+        let access = Access::from_bits_truncate(request.imm);
+        let own = request.target.is_own();
+        own.then(|| self.context().windows.run(self, &request.target, access))
+    }
+
+    /// The same while the peer is not there, for a datagram to another host, or where no peer is concerned.
+    #[cold]
+    fn run_elsewhere(&self, route: &mut Route, request: &Request<'_>, progress: &mut Progress) -> Outcome {
+        if let Some(status) = self.run_own(request) {
+            return Outcome::Done { status, byte_len: 0 };
+        }
         let context = self.context();
         if let Target::Datagram(dest) = &request.target
             && route.is_far(dest)
@@ -252,8 +265,35 @@ impl Qp {
         }
         let local = LocalTable::new(&context.mrs, self.pd.id);
         let (qpn, client, gid) = (self.qpn(), context.id(), context.gid());
-        let env = Env { local, peer: None, memory: &mut Nowhere, qpn, client, gid, budget: 0 };
-        self.told(execute(request, progress, env), request)
+        let env = Env { local, peer: None, memory: &mut Nowhere::default(), qpn, client, gid, budget: 0 };
+        let outcome = self.told(execute(request, progress, env), request);
+        if let Target::Datagram(dest) = request.target
+            && dest.dgid.is_multicast()
+            && matches!(outcome, Outcome::Done { status: WcStatus::Success, .. })
+        {
+            self.send_to_group(route, request, dest);
+        }
+        outcome
+    }
+
+    /// Delivers a datagram to every member of its group, as if it had been sent to each.
+    fn send_to_group(&self, route: &mut Route, request: &Request<'_>, group: UdDest) {
+        let context = self.context();
+        let (own, client, gid) = (self.qpn(), context.id(), context.gid());
+        for (dgid, qpn) in context.groups.members(context, group.dgid).iter().copied() {
+            let member = Target::Datagram(UdDest { dgid, qpn, ..group });
+            if !route.knows(&member) {
+                route.resolve(context, own, &member);
+            }
+            let Some(path) = route.find(&member) else { continue };
+            let (peer, mut memory) = path.bind(&context.conn, own);
+            let local = LocalTable::new(&context.mrs, self.pd.id);
+            let env =
+                Env { local, peer: Some(peer), memory: &mut memory, qpn: own, client, gid, budget: BUDGET };
+            let request = Request { target: Target::Datagram(UdDest { qpn, ..group }), ..*request };
+            // Delivered or lost: a sender of datagrams is not told.
+            let _ = execute(&request, &mut Progress::default(), env);
+        }
     }
 
     /// Moves the queue on. Returns what its head waits for.
@@ -462,9 +502,14 @@ fn expired(deadline: Option<Instant>) -> bool {
 }
 
 /// The memory of a peer that is not there.
-struct Nowhere;
+#[derive(Default)]
+struct Nowhere(crate::exec::Retired);
 
 impl crate::exec::PeerMemory for Nowhere {
+    fn retired(&self) -> &crate::exec::Retired {
+        &self.0
+    }
+
     fn reach(&mut self, _: &crate::ring::MrEntry, _: u32, _: u64, len: u64) -> crate::exec::Reach {
         crate::exec::Reach::Far(len)
     }

@@ -4,19 +4,21 @@ mod datagrams;
 mod model;
 mod requests;
 mod resumed;
+mod windows;
 
 use rustix::io::Errno;
 
 use super::*;
+use crate::ring::mr::slot_of;
 use crate::ring::{Completion, CqShared, MrEntry, MrView, QpShared, RecvSlot, RqShared, Taken};
 use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out};
 use crate::sync::Ordering;
 use crate::verbs::{Access, QpState, WcStatus};
 
 /// Both ends' keys: slot 1 grants everything, 2 nothing remote and no LOCAL_WRITE, 3 is another PD's.
-pub const KEY: u32 = 0x7_0001;
-pub const READ_ONLY: u32 = 0x7_0002;
-pub const FOREIGN: u32 = 0x7_0003;
+pub const KEY: u32 = 0x0700_0107;
+pub const READ_ONLY: u32 = 0x0700_0207;
+pub const FOREIGN: u32 = 0x0700_0307;
 const PD: u32 = 5;
 pub const QPN: u32 = 0x11;
 pub const PEER_QPN: u32 = 0x22;
@@ -58,6 +60,7 @@ pub struct Path {
     pub window: u64,
     /// Nothing is mapped; an error is what the far copy ends in.
     pub far: Option<Result<(), Errno>>,
+    pub retired: Retired,
     pub bells: u32,
     pub faults: u32,
 }
@@ -67,7 +70,7 @@ fn table(addr: u64, iova: u64) -> Vec<MrEntry> {
     let all = Access::REMOTE | Access::LOCAL_WRITE;
     for (key, access, pd) in [(KEY, all, PD), (READ_ONLY, Access::empty(), PD), (FOREIGN, all, PD + 1)] {
         let view = MrView { key, access, pd, iova, addr, len: LEN as u64, ..MrView::default() };
-        table[key as usize & 0xffff].publish(&view);
+        table[slot_of(key)].publish(&view);
     }
     table
 }
@@ -75,7 +78,8 @@ fn table(addr: u64, iova: u64) -> Vec<MrEntry> {
 impl World {
     pub fn new() -> Self {
         let (own, peer) = (memory(), memory());
-        let path = Path { peer: peer.as_ptr() as u64, window: u64::MAX, far: None, bells: 0, faults: 0 };
+        let (peer_at, retired) = (peer.as_ptr() as u64, Retired::default());
+        let path = Path { peer: peer_at, window: u64::MAX, far: None, retired, bells: 0, faults: 0 };
         let own_mrs = table(own.as_ptr() as u64, own.as_ptr() as u64);
         let slots = std::iter::repeat_with(RecvSlot::default).take(DEPTH).collect();
         let (qp, cq, mrs) = (QpShared::default(), CqShared::default(), table(PEER_VA, IOVA));
@@ -170,6 +174,10 @@ impl Path {
 }
 
 impl PeerMemory for Path {
+    fn retired(&self) -> &Retired {
+        &self.retired
+    }
+
     fn reach(&mut self, _: &MrEntry, _: u32, va: u64, len: u64) -> Reach {
         assert!(len > 0);
         let len = len.min(self.window);
@@ -207,7 +215,7 @@ impl PeerMemory for Path {
 
 pub fn request<'a>(op: SendOp, sges: &'a [Sge]) -> Request<'a> {
     let target = match op {
-        SendOp::Send | SendOp::SendImm => Target::Receive,
+        SendOp::Send | SendOp::SendImm | SendOp::SendInv => Target::Receive,
         SendOp::CompareSwap | SendOp::FetchAdd => {
             Target::Atomic { addr: IOVA, rkey: KEY, compare_add: 0, swap: 7 }
         }
