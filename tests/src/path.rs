@@ -39,12 +39,13 @@ fn one_process(wrap: &Wrap<'_>, program: &FsPath, args: &[String]) -> io::Result
     Ok(group.finish())
 }
 
-fn two_processes(wrap: &Wrap<'_>, program: &FsPath, args: &[String]) -> io::Result<Ended> {
+/// The first is the server's.
+fn two_processes([server, client]: [&Wrap<'_>; 2], program: &FsPath, args: &[String]) -> io::Result<Ended> {
     let mut group = Group::new(LIMIT);
-    group.start(wrap(program).args(["--server", "0"]).args(args))?;
+    group.start(server(program).args(["--server", "0"]).args(args))?;
     let port = group.wait_for(|line| line.text.strip_prefix("# listening on ").map(str::to_owned));
     if let Some(port) = port {
-        group.start(wrap(program).args(["--client", &format!("127.0.0.1:{port}")]).args(args))?;
+        group.start(client(program).args(["--client", &format!("127.0.0.1:{port}")]).args(args))?;
     }
     Ok(group.finish())
 }
@@ -72,8 +73,29 @@ impl Path for Run<'_> {
         if self.processes == 1 {
             one_process(&wrap, program, &args)
         } else {
-            two_processes(&wrap, program, &args)
+            two_processes([&wrap, &wrap], program, &args)
         }
+    }
+}
+
+/// `freeflow run`, each side in a container of its own with an IPv6 address.
+#[derive(Debug)]
+pub struct Ipv6<'h>(pub &'h Host);
+
+impl Path for Ipv6<'_> {
+    fn name(&self) -> &str {
+        "direct_ipv6"
+    }
+
+    fn sides(&self) -> usize {
+        2
+    }
+
+    fn run(&self, program: &FsPath, args: &[String]) -> io::Result<Ended> {
+        let server = |program: &FsPath| self.0.run_at("six-a", "fd00:ff::a", program);
+        let client = |program: &FsPath| self.0.run_at("six-b", "fd00:ff::b", program);
+        let args = [&["--dev".to_owned(), "ff0".to_owned()], args].concat();
+        two_processes([&server, &client], program, &args)
     }
 }
 
@@ -162,7 +184,7 @@ impl Path for Native {
         if self.processes == 1 {
             one_process(&wrap, program, args)
         } else {
-            two_processes(&wrap, program, args)
+            two_processes([&wrap, &wrap], program, args)
         }
     }
 }

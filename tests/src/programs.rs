@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use std::{fs, process};
 
 /// One area each, in the order in which their failures are best read.
-pub const PROGRAMS: [&str; 15] = [
+pub const PROGRAMS: [&str; 17] = [
     "device",
     "objects",
     "qp_states",
@@ -22,6 +22,8 @@ pub const PROGRAMS: [&str; 15] = [
     "xrc",
     "control",
     "memory",
+    "mw",
+    "mcast",
     "large",
 ];
 /// Linked into each.

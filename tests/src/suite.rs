@@ -9,7 +9,7 @@ use std::time::Instant;
 use clap::Parser;
 
 use crate::launch::Ended;
-use crate::path::{Containers, Host, Native, Path, Run, Tree};
+use crate::path::{Containers, Host, Ipv6, Native, Path, Run, Tree};
 use crate::programs::{self, PROGRAMS, Variant};
 use crate::report::Report;
 
@@ -70,9 +70,12 @@ impl Args {
 }
 
 /// Names of the paths over FreeFlow, known before any of it is started.
-const FREEFLOW: [&str; 4] = ["direct_self", "direct_processes", "direct_containers", "link_hosts"];
-/// What a link does not do yet (docs/link.md, "Missing").
-const NOT_YET: [(&str, &str); 3] = [("link_hosts", "uc"), ("link_hosts", "srq"), ("link_hosts", "xrc")];
+const FREEFLOW: [&str; 5] =
+    ["direct_self", "direct_processes", "direct_ipv6", "direct_containers", "link_hosts"];
+/// Where addresses matter.
+const ON_IPV6: [&str; 5] = ["device", "rc_ops", "ud", "uc", "mcast"];
+/// What a link does not do yet.
+const NOT_ON_LINK: &str = include_str!("../verbs/not-on-link.txt");
 const NATIVE: [&str; 2] = ["native_self", "native_processes"];
 
 /// The main function of the test target.
@@ -81,7 +84,7 @@ pub fn main() -> ExitCode {
     let names: &[&str] = if args.native { &NATIVE } else { &FREEFLOW };
     let all: Vec<(&str, &str)> =
         names.iter().flat_map(|path| PROGRAMS.iter().map(move |program| (*path, *program))).collect();
-    let all: Vec<(&str, &str)> = all.into_iter().filter(|test| !NOT_YET.contains(test)).collect();
+    let all: Vec<(&str, &str)> = all.into_iter().filter(|(path, program)| is_there(path, program)).collect();
     let chosen: Vec<_> = all.iter().copied().filter(|(p, n)| args.chosen(&test_name(p, n))).collect();
     if args.list {
         for (path, program) in &chosen {
@@ -98,6 +101,16 @@ pub fn main() -> ExitCode {
         tally.failed("conformance::setup", &why);
     }
     tally.finish()
+}
+
+/// Does the path do what the program tests?
+fn is_there(path: &str, program: &str) -> bool {
+    let left_out = |line: &str| line.split(' ').next() == Some(program);
+    match path {
+        "link_hosts" => !NOT_ON_LINK.lines().any(left_out),
+        "direct_ipv6" => ON_IPV6.contains(&program),
+        _ => true,
+    }
 }
 
 fn test_name(path: &str, program: &str) -> String {
@@ -124,9 +137,10 @@ fn run_all(args: &Args, chosen: &[(&str, &str)], tally: &mut Tally) -> Result<()
     let tree = Tree::find(&target)?;
     let host = Host::start(&tree).map_err(|e| format!("a router for the tests: {e}"))?;
     let own = [Run { host: &host, processes: 1 }, Run { host: &host, processes: 2 }];
+    let ipv6 = Ipv6(&host);
     let containers = [Containers { tree: &tree, hosts: 1 }, Containers { tree: &tree, hosts: 2 }];
     let failed_before = tally.failed.len();
-    run_paths(args, &dir, &[&own[0], &own[1], &containers[0], &containers[1]], chosen, tally);
+    run_paths(args, &dir, &[&own[0], &own[1], &ipv6, &containers[0], &containers[1]], chosen, tally);
     if tally.failed.len() > failed_before {
         println!("router's log:\n{}", host.log());
     }

@@ -361,6 +361,92 @@ static void empty_gid(void)
 	RC(ibv_query_gid_ex(ctx, port_num, (uint32_t)port_attr.gid_tbl_len, &e, 0), EINVAL);
 }
 
+/* Under its lkey what is received is discarded, and what is sent is zeros. */
+static void null_region(void)
+{
+	static const size_t lens[] = { 10, 5000, 300000 };
+	struct end_cfg c = { .len = 1 << 20, .send_sge = 3, .recv_sge = 3 };
+	struct pair p = pair_open(&c, &c);
+	struct ibv_mr *na = p.a ? MADE(ibv_alloc_null_mr(p.a->pd)) : NULL, *nb = p.b ? MADE(ibv_alloc_null_mr(p.b->pd)) : NULL;
+
+	for (size_t i = 0; i < COUNT(lens); i++) {
+		size_t len = lens[i];
+
+		if (p.b) { /* len bytes kept, len thrown away, len kept */
+			struct ibv_sge s[3] = { sge(p.b, 0, len), { .addr = 0, .length = (uint32_t)len, .lkey = nb->lkey }, sge(p.b, len, len) };
+			struct ibv_recv_wr r = { .wr_id = i, .sg_list = s, .num_sge = 3 }, *bad;
+
+			reset_buf(p.b);
+			OK(ibv_post_recv(p.b->qp, &r, &bad));
+		}
+		sync_ends();
+		if (p.a) { /* data, data, zeros */
+			struct ibv_sge s[3] = { sge(p.a, 0, len), sge(p.a, len, len), { .addr = 4, .length = (uint32_t)len, .lkey = na->lkey } };
+			struct ibv_send_wr w = { .wr_id = i, .sg_list = s, .num_sge = 3, .opcode = IBV_WR_SEND };
+
+			fill(p.a->buf, 2 * len, i);
+			OK(post(p.a, &w, NULL));
+			WANT(p.a->scq, i, IBV_WC_SUCCESS);
+		}
+		if (p.b) {
+			EQ(WANT(p.b->rcq, i, IBV_WC_SUCCESS).byte_len, 3 * len);
+			SAME(p.b->buf, len, i);
+			ALL(p.b->buf + len, len, 0);
+			ALL(p.b->buf + 2 * len, 100, GUARD);
+		}
+		sync_ends();
+	}
+	if (p.a) { /* a READ into it is made and discarded */
+		struct ibv_sge s = { .length = 4096, .lkey = na->lkey };
+		struct ibv_send_wr w = { .wr_id = 9, .sg_list = &s, .num_sge = 1, .opcode = IBV_WR_RDMA_READ, .wr.rdma = { p.a->peer.addr, p.a->peer.rkey } };
+
+		OK(post(p.a, &w, NULL));
+		WANT(p.a->scq, 9, IBV_WC_SUCCESS);
+		OK(ibv_dereg_mr(na));
+	}
+	sync_ends();
+	if (p.b)
+		OK(ibv_dereg_mr(nb));
+}
+
+/* A NIC with an IPv4 address has IPv6's link-local one too, and is reached by either: a program that wants one of that family
+ * (NCCL_IB_ADDR_FAMILY=AF_INET6) finds it, and no empty entry in its place. */
+static void link_local_gid(void)
+{
+	static const uint8_t v4_prefix[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
+	struct pair p = pair_create(NULL, NULL);
+	struct end *e = p.a ? p.a : p.b;
+
+	if (is_rxe || memcmp(own_gid.raw, v4_prefix, 12))
+		skip_case("a table of this device's own");
+	struct ibv_gid_entry entry;
+	OK(ibv_query_gid_ex(ctx, port_num, 1, &entry, 0));
+	CHECK(entry.gid.raw[0] == 0xfe && entry.gid.raw[1] == 0x80 && entry.gid_type == IBV_GID_TYPE_ROCE_V2);
+	memcpy(e->me.gid, &entry.gid, 16);
+	if (p.a && p.b) {
+		memcpy(p.a->peer.gid, &entry.gid, 16);
+		memcpy(p.b->peer.gid, &entry.gid, 16);
+	} else {
+		swap_bytes(&e->me, &e->peer, sizeof(e->me));
+	}
+	int before = gid_index;
+	gid_index = 1;
+	if (p.a)
+		end_connect(p.a);
+	if (p.b)
+		end_connect(p.b);
+	gid_index = before;
+	sync_ends();
+	if (p.a) {
+		fill(p.a->buf, 64, 1);
+		OK(post_op(p.a, IBV_WR_RDMA_WRITE, 1, 0, 64, 0, 0));
+		WANT(p.a->scq, 1, IBV_WC_SUCCESS);
+	}
+	sync_ends();
+	if (p.b)
+		SAME(p.b->buf, 64, 1);
+}
+
 static const struct test_case cases[] = {
 	{ "rereg_access", rereg_access, 0 },
 	{ "rereg_translation", rereg_translation, 0 },
@@ -374,5 +460,7 @@ static const struct test_case cases[] = {
 	{ "timestamps", timestamps, LOCAL },
 	{ "atomic_write", atomic_write, 0 },
 	{ "empty_gid", empty_gid, LOCAL },
+	{ "link_local_gid", link_local_gid, 0 },
+	{ "null_region", null_region, 0 },
 };
 SUITE(cases)

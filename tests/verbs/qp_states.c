@@ -343,11 +343,18 @@ static void bad_requests(void)
 	RC(ibv_post_send(e->qp, &w, &bad), EINVAL);
 	/* UD has sends only */
 	static const enum ibv_wr_opcode ops[] = { IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_RDMA_READ, IBV_WR_ATOMIC_CMP_AND_SWP,
-						  IBV_WR_ATOMIC_FETCH_AND_ADD };
+						  IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_LOCAL_INV, IBV_WR_SEND_WITH_INV, IBV_WR_ATOMIC_WRITE };
 	for (size_t i = 0; i < COUNT(ops); i++) {
 		w = good;
 		w.opcode = ops[i];
 		RC(ibv_post_send(u->qp, &w, &bad), EINVAL);
+	}
+	/* what the C API has and this device has not (14 is IBV_WR_FLUSH of later releases) */
+	static const int unbuilt[] = { IBV_WR_TSO, IBV_WR_DRIVER1, 14 };
+	for (size_t i = 0; i < COUNT(unbuilt); i++) {
+		w = good;
+		w.opcode = (enum ibv_wr_opcode)unbuilt[i];
+		RC(ibv_post_send(e->qp, &w, &bad), EOPNOTSUPP);
 	}
 	/* a read or atomic has no inline form */
 	w = good;

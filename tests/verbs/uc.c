@@ -184,6 +184,64 @@ static void without_a_peer_it_is_lost(void)
 	sync_ends();
 }
 
+static void post_key(struct end *e, uint64_t wr_id, enum ibv_wr_opcode op, struct ibv_mw *mw, uint32_t rkey)
+{
+	struct ibv_send_wr w = { .wr_id = wr_id, .opcode = op, .invalidate_rkey = rkey }, *bad;
+
+	if (mw) {
+		w.bind_mw.mw = mw;
+		w.bind_mw.rkey = rkey;
+		w.bind_mw.bind_info = (struct ibv_mw_bind_info){ e->mr, (uintptr_t)e->buf, 4096, IBV_ACCESS_REMOTE_WRITE };
+	}
+	OK(ibv_post_send(e->qp, &w, &bad));
+	if (op != IBV_WR_SEND_WITH_INV)
+		sent(e, wr_id);
+}
+
+/* The end of a window is told to the other side; what is written by its key afterwards is lost without a word. */
+static void a_memory_window(void)
+{
+	struct end_cfg c = uc_cfg();
+	c.mr_access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_MW_BIND;
+	struct pair p = pair_open(&c, &c);
+	struct ibv_mw *mw = p.b ? MADE(ibv_alloc_mw(p.b->pd, IBV_MW_TYPE_2)) : NULL;
+	uint32_t rkey = (uint32_t)from_b(mw ? mw->rkey : 0);
+
+	if (p.b) {
+		post_key(p.b, 1, IBV_WR_BIND_MW, mw, rkey);
+		OK(post_receive(p.b, 9, 8192, 0));
+	}
+	sync_ends();
+	for (uint64_t round = 0; round < 2; round++) {
+		if (p.a) {
+			struct ibv_sge s = sge(p.a, 0, 64);
+			struct ibv_send_wr w = { .wr_id = round, .sg_list = &s, .num_sge = 1, .opcode = IBV_WR_RDMA_WRITE, .wr.rdma = { p.a->peer.addr, rkey } };
+
+			fill(p.a->buf, 64, round);
+			OK(post(p.a, &w, NULL));
+			sent(p.a, round);
+			if (round == 0) {
+				post_key(p.a, 5, IBV_WR_SEND_WITH_INV, NULL, rkey);
+				sent(p.a, 5);
+			}
+		}
+		sync_ends();
+		if (p.b)
+			SAME(p.b->buf, 64, 0);
+		sync_ends();
+	}
+	if (p.b) {
+		struct ibv_wc wc = WANT(p.b->rcq, 9, IBV_WC_SUCCESS);
+
+		EQ(wc.wc_flags & IBV_WC_WITH_INV, IBV_WC_WITH_INV);
+		EQ(wc.invalidated_rkey, rkey);
+		post_key(p.b, 2, IBV_WR_BIND_MW, mw, rkey);
+		post_key(p.b, 3, IBV_WR_LOCAL_INV, NULL, rkey);
+		OK(ibv_dealloc_mw(mw));
+	}
+	sync_ends();
+}
+
 static const struct test_case cases[] = {
 	{ "send_post", send_post, 0 },
 	{ "send_wr", send_wr, 0 },
@@ -196,5 +254,6 @@ static const struct test_case cases[] = {
 	{ "what_needs_an_answer_is_refused", what_needs_an_answer_is_refused, 0 },
 	{ "a_failed_send_stops_the_send_queue", a_failed_send_stops_the_send_queue, 0 },
 	{ "without_a_peer_it_is_lost", without_a_peer_it_is_lost, 0 },
+	{ "a_memory_window", a_memory_window, 0 },
 };
 SUITE(cases)
