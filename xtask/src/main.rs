@@ -34,6 +34,8 @@ enum Command {
     Demo,
     /// Run every check; FILTER selects those whose name contains it
     Test { filter: Option<String> },
+    /// Write the pages under docs/ that are made from the tests
+    Docs,
     /// Build target/dist
     Dist {
         /// Libraries that old distributions can load, in target/dist-portable
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Demo => demo::run(),
         Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Docs => test::docs(),
         Command::Dist { portable } => dist::run(portable),
         Command::Soak(Soak::Fresh) => soak::fresh(),
         Command::Soak(Soak::Ucx { filter }) => test::ucx_matrix(filter.as_deref()),

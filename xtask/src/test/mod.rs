@@ -7,14 +7,16 @@ mod examples;
 mod labs;
 mod operators;
 mod ucx;
+mod verbs_docs;
 mod verbs_suite;
 
+use std::fs;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use self::labs::Place;
-use crate::failure::{Failure, Result};
-use crate::{dist, packages, safety};
+use crate::failure::{Context as _, Failure, Result};
+use crate::{dist, layout, packages, safety};
 
 /// What was counted so far.
 #[derive(Debug, Default)]
@@ -54,6 +56,27 @@ fn mark(good: bool) -> &'static str {
     if good { "ok  " } else { "FAIL" }
 }
 
+/// Pages under docs/ that are made from the tests.
+const PAGES: [(&str, fn() -> Result<String>); 2] =
+    [(verbs_docs::PAGE, verbs_docs::page), (verbs_suite::TABLE, verbs_suite::table)];
+
+/// `cargo xtask docs`: writes them.
+pub fn docs() -> Result<ExitCode> {
+    for (name, make) in PAGES {
+        fs::write(layout::root().join(name), make()?).context(format_args!("cannot write {name}"))?;
+        println!("{name}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check_page(name: &str, make: fn() -> Result<String>) -> std::result::Result<(), String> {
+    let made = make().map_err(|failure| failure.to_string())?;
+    match fs::read_to_string(layout::root().join(name)) {
+        Ok(there) if there == made => Ok(()),
+        _ => Err(format!("{name} is not what the tests say: cargo xtask docs")),
+    }
+}
+
 pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     let start = Instant::now();
     packages::ensure(&[
@@ -68,6 +91,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     let tree = dist::build()?;
     let chosen = |name: &str| filter.is_none_or(|f| name.contains(f));
     let mut tally = Tally::default();
+    for (name, make) in PAGES.iter().filter(|(name, _)| chosen(name)) {
+        tally.check(&format!("{name} is what the tests say"), || check_page(name, *make));
+    }
     cargo::lints(&mut tally, chosen);
     cargo::tests(&mut tally, filter, &tree)?;
     cargo::loom(&mut tally, filter)?;
