@@ -78,7 +78,7 @@ fn ucx(tls: &'static str, test: &'static str, size: u64, count: u64, read: Read)
 }
 
 pub fn groups() -> Vec<Group> {
-    vec![small(), rates(), bulk(), many(), blocking(), registration()]
+    vec![small(), rates(), bulk(), many(), shared(), blocking(), registration()]
 }
 
 fn small() -> Group {
@@ -247,6 +247,31 @@ fn many() -> Group {
         ratio: |f| Some(f.get("many_qps", "256 qps", 4 * KIB)? / f.get("many_qps", "1 qp", 4 * KIB)?),
     }];
     Group { name: "many", measures, bars }
+}
+
+fn shared() -> Group {
+    let sends = |arg| How::Verbs { program: "shared", cpus: Cpus::Both, arg };
+    let figure = |side| Figure { case: "shared", side, size: 8, metric: "per message", unit: "us" };
+    let measures = vec![
+        (figure("own queues"), sends("private")),
+        (figure("one cq"), sends("cq")),
+        (figure("one srq"), sends("srq")),
+    ];
+    let bars = vec![
+        Bar {
+            case: "shared",
+            what: "8 B sends over 64 QPs: one CQ / a CQ for each",
+            bound: Bound::AtMost(1.3),
+            ratio: |f| Some(f.get("shared", "one cq", 8)? / f.get("shared", "own queues", 8)?),
+        },
+        Bar {
+            case: "shared",
+            what: "8 B sends over 64 QPs: one SRQ / receives for each",
+            bound: Bound::AtMost(1.3),
+            ratio: |f| Some(f.get("shared", "one srq", 8)? / f.get("shared", "own queues", 8)?),
+        },
+    ];
+    Group { name: "shared", measures, bars }
 }
 
 fn blocking() -> Group {
