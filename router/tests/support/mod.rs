@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use freeflow_core::ctl::*;
+use freeflow_core::ring::mr::slot_of;
 use freeflow_core::ring::{MR_SLOTS, MrEntry, MrView};
 use freeflow_core::shm::{Mapping, make_bell, make_memfd};
 use freeflow_core::verbs::{Gid, QpType};
@@ -220,7 +221,7 @@ impl Client {
 
     pub fn entry(&self, key: u32) -> &MrEntry {
         let slots = self.table.slice::<MrEntry>(0, MR_SLOTS).expect("table");
-        &slots[key as usize & (MR_SLOTS - 1)]
+        &slots[slot_of(key)]
     }
 }
 

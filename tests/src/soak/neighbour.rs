@@ -429,7 +429,7 @@ impl Neighbour {
 const TABLE: u64 = (MR_SLOTS * size_of::<MrEntry>()) as u64;
 
 fn entry_at(key: u32) -> u64 {
-    (key as usize % MR_SLOTS * size_of::<MrEntry>()) as u64
+    (freeflow_core::ring::mr::slot_of(key) * size_of::<MrEntry>()) as u64
 }
 
 fn value(dice: &mut Dice) -> u64 {
