@@ -166,6 +166,7 @@ static int request(enum ibv_wr_opcode op, uint32_t srqn, size_t len, size_t remo
 	x->wr_id = 1;
 	x->wr_flags = 0;
 	switch (op) {
+	case IBV_WR_SEND: ibv_wr_send(x); break;
 	case IBV_WR_SEND_WITH_IMM: ibv_wr_send_imm(x, wr.imm_data); break;
 	case IBV_WR_RDMA_WRITE: ibv_wr_rdma_write(x, a.peer.rkey, a.peer.addr + remote_off); break;
 	case IBV_WR_RDMA_READ: ibv_wr_rdma_read(x, a.peer.rkey, a.peer.addr + remote_off); break;
@@ -186,7 +187,7 @@ static void sends_by(bool extended, size_t len)
 	sync_ends();
 	for (int i = 0; i < 12 && is_a; i++) {
 		fill(a.buf, len, (uint64_t)i);
-		OK(request(IBV_WR_SEND_WITH_IMM, a.peer.srqn[i % QUEUES], len, 0));
+		OK(request(i % 2 ? IBV_WR_SEND : IBV_WR_SEND_WITH_IMM, a.peer.srqn[i % QUEUES], len, 0));
 		WANT(a.cq[0], 1, IBV_WC_SUCCESS);
 	}
 	for (int q = QUEUES; q-- > 0 && is_b;) {
@@ -194,7 +195,9 @@ static void sends_by(bool extended, size_t len)
 			struct ibv_wc wc = WANT(b.cq[q], (uint64_t)(m * QUEUES + q), IBV_WC_SUCCESS);
 
 			EQ(wc.byte_len, len);
-			EQ(ntohl(wc.imm_data), 77);
+			EQ(wc.wc_flags & IBV_WC_WITH_IMM, wc.wr_id % 2 ? 0 : IBV_WC_WITH_IMM);
+			if (wc.wr_id % 2 == 0)
+				EQ(ntohl(wc.imm_data), 77);
 			EQ(wc.qp_num, b.qp->qp_num);
 			SAME(b.buf + wc.wr_id * 8192, len, wc.wr_id);
 		}

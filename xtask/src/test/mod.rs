@@ -56,9 +56,11 @@ fn mark(good: bool) -> &'static str {
     if good { "ok  " } else { "FAIL" }
 }
 
+/// Its name, and how it is made.
+type Page = (&'static str, fn() -> Result<String>);
+
 /// Pages under docs/ that are made from the tests.
-const PAGES: [(&str, fn() -> Result<String>); 2] =
-    [(verbs_docs::PAGE, verbs_docs::page), (verbs_suite::TABLE, verbs_suite::table)];
+const PAGES: [Page; 2] = [(verbs_docs::PAGE, verbs_docs::page), (verbs_suite::TABLE, verbs_suite::table)];
 
 /// `cargo xtask docs`: writes them.
 pub fn docs() -> Result<ExitCode> {

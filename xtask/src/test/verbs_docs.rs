@@ -169,12 +169,12 @@ pub fn page() -> Result<String> {
     let programs = programs()?;
     let here_only = read("tests/verbs/not-on-link.txt")?;
     let here_only: BTreeMap<&str, &str> = lines(&here_only).filter_map(|line| line.split_once(' ')).collect();
-    let mut text = format!(
+    let mut text = String::from(
         "# Verbs: what is supported\n\n\
          Made from the conformance programs in tests/verbs by `cargo xtask docs`; do not edit.\n\
          `cargo xtask test` runs every case that is named here, in one process, between two processes, between two containers, and\n\
          between two hosts where nothing else is said. What rdma-core's own tests say is in verbs-suite.md.\n\n\
-         Not run between two hosts:\n\n"
+         Not run between two hosts:\n\n",
     );
     for (program, why) in &here_only {
         writeln!(text, "* {program}: {why}.").context("a list")?;
