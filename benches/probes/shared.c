@@ -6,7 +6,7 @@
 #include <infiniband/verbs.h>
 #include <sys/socket.h>
 
-enum { QPS = 64, SIZE = 8, EACH = 8, WINDOW = QPS * EACH, CREDIT = QPS * 2, MESSAGES = 2000000 };
+enum { QPS = 64, SIZE = 8, EACH = 8, WINDOW = QPS * EACH, CREDIT = QPS * 2, MESSAGES = 500000 };
 
 struct end {
 	union ibv_gid gid;
@@ -104,11 +104,10 @@ static void send_all(long messages)
 			sent++;
 			continue;
 		}
-		reap(send_cq);
-		if (reap(cqs[0])) {
+		while (reap(send_cq) > 0)
+			;
+		for (int credits = reap(cqs[0]); credits > 0; credits--, taken += CREDIT)
 			post_receive(0);
-			taken += CREDIT;
-		}
 	}
 }
 
@@ -129,7 +128,8 @@ static void receive_all(long messages)
 		got += n;
 		for (; got - told >= CREDIT; told += CREDIT) {
 			post_send(0, 1);
-			reap(send_cq);
+			while (reap(send_cq) > 0)
+				;
 		}
 	}
 }

@@ -19,6 +19,7 @@ use crate::verbs::{QpCaps, QpType, Sge, Wc, limits};
 use super::cq::Cq;
 use super::events::{AsyncEvent, AsyncKind};
 use super::lanes::{Lanes, PrivateRecv};
+use super::lock::Lock;
 use super::pd::Pd;
 use super::qp::{Qp, QpInit, receive_slots};
 use super::slab::{Block, BlockKind};
@@ -50,10 +51,11 @@ pub struct Srq {
     /// What its owner remembers of the receive in each slot; `busy` from post until its completion is polled.
     private: Box<[PrivateRecv]>,
     busy: Box<[AtomicBool]>,
-    /// Receives posted and not polled yet.
-    waiting: AtomicU32,
+    /// Receives posted, written under the posting lock, and those of them that were polled.
+    posted: AtomicU32,
+    freed: AtomicU32,
     /// Number of the next receive.
-    posting: Mutex<u32>,
+    posting: Lock<u32>,
     /// The program waits for IBV_EVENT_SRQ_LIMIT_REACHED.
     armed: AtomicBool,
     users: Mutex<Vec<Weak<Qp>>>,
@@ -127,8 +129,9 @@ impl Pd {
             slots,
             private: std::iter::repeat_with(PrivateRecv::default).take(depth as usize).collect(),
             busy: std::iter::repeat_with(AtomicBool::default).take(depth as usize).collect(),
-            waiting: AtomicU32::new(0),
-            posting: Mutex::default(),
+            posted: AtomicU32::new(0),
+            freed: AtomicU32::new(0),
+            posting: Lock::default(),
             armed: AtomicBool::new(false),
             users: Mutex::default(),
             xrc: init.xrc.clone(),
@@ -209,11 +212,12 @@ impl Srq {
         if sges.len() > self.max_sge as usize {
             return Err(Errno::INVAL);
         }
-        let mut next = self.posting.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.waiting.load(Ordering::Acquire) >= self.max_wr {
+        let mut next = self.posting.lock();
+        let posted = self.posted.load(Ordering::Relaxed);
+        if posted.wrapping_sub(self.freed.load(Ordering::Acquire)) >= self.max_wr {
             return Err(Errno::NOMEM);
         }
-        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.posted.store(posted.wrapping_add(1), Ordering::Relaxed);
         self.place(&mut next, wr_id, sges);
         drop(next);
         if self.shared[0].receive_posted() {
@@ -258,14 +262,14 @@ impl Srq {
     pub(super) fn free(&self, index: u16) {
         // Release: partner is place()'s acquire load.
         self.busy[usize::from(index)].store(false, Ordering::Release);
-        self.waiting.fetch_sub(1, Ordering::AcqRel);
+        self.freed.fetch_add(1, Ordering::Release);
     }
 
     /// The receive in slot `index` was taken and not filled: posts it anew, at the end.
     pub(super) fn post_anew(&self, index: u16) {
         let private = &self.private[usize::from(index)];
         let (wr_id, sges) = private.get();
-        let mut next = self.posting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = self.posting.lock();
         self.busy[usize::from(index)].store(false, Ordering::Relaxed);
         self.place(&mut next, wr_id, &sges);
         drop(next);
