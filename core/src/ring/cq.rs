@@ -108,6 +108,24 @@ impl CqShared {
         asym::heavy_here();
     }
 
+    /// The same of an owner whose completers are all other processes, and say [`CqShared::completed`].
+    pub fn arm_for_others(&self) {
+        self.flags.fetch_or(ARMED, Ordering::AcqRel);
+        // Partner: the fence in completed().
+        fence(Ordering::SeqCst);
+    }
+
+    /// Owner: it looks by itself now. Who has taken the mark before rings nevertheless.
+    pub fn disarm(&self) {
+        self.flags.fetch_and(!(ARMED | ARMED_SOLICITED), Ordering::Relaxed);
+    }
+
+    /// Owner: is something marked?
+    #[inline]
+    pub fn is_dirty(&self) -> bool {
+        self.summary.load(Ordering::Relaxed) != 0
+    }
+
     /// Owner: did someone ring since the last call?
     pub fn take_rung(&self) -> bool {
         self.flags.load(Ordering::Relaxed) & RUNG != 0

@@ -29,6 +29,12 @@ const RETRY: Duration = Duration::from_micros(200);
 /// Looks at silent hosts.
 const CALM_TICK: Duration = Duration::from_secs(1);
 
+/// How long a delivery may wait for its answer, so that one message acknowledges and answers: a program that polls for it
+/// takes less, and one that has to be woken more.
+const ANSWER: Duration = Duration::from_micros(4);
+/// Deliveries, as a power of two, that pass at most before the next is waited for, of a process that does not answer.
+const RELUCTANCE: u32 = 10;
+
 /// Rings of a bell before it is emptied: a byte each, in a pipe that holds 64 KiB and of which that takes 4 KiB.
 const RINGS: u32 = 1024;
 
@@ -112,6 +118,30 @@ pub struct Process {
     rings: u32,
     marks: HashMap<u32, Vec<u32>>,
     pub datagrams: Option<Datagrams>,
+    habit: Habit,
+}
+
+/// Does a process answer at once what is delivered to it?
+#[derive(Debug, Default)]
+struct Habit {
+    /// Answers that were waited for in vain, in a row.
+    missed: u32,
+    /// Deliveries not to be waited for.
+    pass: u32,
+}
+
+impl Habit {
+    /// Is the next delivery's answer to be waited for?
+    fn is_to_answer(&mut self) -> bool {
+        let passed = self.pass > 0;
+        self.pass = self.pass.saturating_sub(1);
+        !passed
+    }
+
+    fn note(&mut self, answered: bool) {
+        self.missed = if answered { 0 } else { (self.missed + 1).min(RELUCTANCE) };
+        self.pass = (1 << self.missed) - 1;
+    }
 }
 
 /// The ring of a process's datagrams.
@@ -132,6 +162,8 @@ pub struct Engine {
     pub processes: HashMap<u32, Process>,
     /// Processes whose doorbell does not wake us: they are looked at.
     awake: Vec<u32>,
+    /// The process that something was delivered to in this turn.
+    pub delivered: Option<u32>,
     /// Processes whose datagrams wait for connections that take no more.
     pub held_up: Vec<u32>,
     pub remotes: HashMap<Arc<str>, Remote>,
@@ -159,6 +191,7 @@ impl Engine {
             targets: HashMap::new(),
             processes: HashMap::new(),
             awake: Vec::new(),
+            delivered: None,
             held_up: Vec::new(),
             remotes: HashMap::new(),
             conns: Vec::new(),
@@ -231,7 +264,8 @@ impl Engine {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&*self.epoll, &bell, Token::Process(client).data(), flags)?;
         let marks = HashMap::new();
-        let process = Process { tenant, vip, doorbell, bell, rings: 0, marks, datagrams: None };
+        let habit = Habit::default();
+        let process = Process { tenant, vip, doorbell, bell, rings: 0, marks, datagrams: None, habit };
         self.processes.insert(client, process);
         self.awake.push(client);
         Ok(())
@@ -297,12 +331,38 @@ impl Engine {
         for index in 0..self.conns.len() {
             more |= self.pull(index, now);
         }
+        if let Some(client) = self.delivered.take()
+            && self.await_answer(client)
+        {
+            more |= self.submissions(now);
+        }
         for index in 0..self.conns.len() {
             more |= self.push(index, now);
         }
         self.retry_datagrams(now);
         self.fire(now);
         more || (!self.held_up.is_empty() && self.has_room())
+    }
+
+    /// Waits a moment for what a process will submit now that something was delivered to it, if that is its habit: the
+    /// answer then needs no waking here, and travels with the acknowledgement. True: there is one.
+    fn await_answer(&mut self, client: u32) -> bool {
+        let Some(process) = self.processes.get_mut(&client) else { return false };
+        if !process.habit.is_to_answer() {
+            return false;
+        }
+        let doorbell = &process.doorbell[0];
+        if !self.awake.contains(&client) {
+            doorbell.disarm();
+            self.awake.push(client);
+        }
+        let end = Instant::now() + ANSWER;
+        while !doorbell.is_dirty() && Instant::now() < end {
+            std::hint::spin_loop();
+        }
+        let answered = doorbell.is_dirty();
+        process.habit.note(answered);
+        answered
     }
 
     /// Looks at what awake processes have submitted.
@@ -375,7 +435,7 @@ impl Engine {
     pub fn arm(&mut self) -> bool {
         let now = Instant::now();
         for client in &self.awake {
-            self.processes.get(client).into_iter().for_each(|process| process.doorbell[0].arm(false));
+            self.processes.get(client).into_iter().for_each(|process| process.doorbell[0].arm_for_others());
         }
         if self.submissions(now) {
             return false;

@@ -245,7 +245,11 @@ impl Engine {
             Served::Partly => {}
             Served::Done => {
                 self.lines[index].acks.push(qpn);
-                if let (Some(slot), Some(channel)) = (self.slots.get_mut(&qpn), conn.channel)
+                let Some(slot) = self.slots.get_mut(&qpn) else { return };
+                if header.op != SendOp::Read as u8 {
+                    self.delivered = Some(slot.endpoint.qp.client);
+                }
+                if let Some(channel) = conn.channel
                     && !slot.endpoint.responder.reads.is_empty()
                 {
                     enqueue(&mut self.lines, slot, qpn, (index, channel));

@@ -209,7 +209,8 @@ fn work(inner: &Arc<Inner>, events: &mut Vec<epoll::Event>) -> Duration {
         }
         engine.note(token, event.flags);
     }
-    let more = engine.turn();
+    // What follows from a turn is looked at before new events are asked for.
+    let more = engine.turn() && engine.turn();
     let hosts = std::mem::take(&mut engine.to_dial);
     let (cm, gone) = (std::mem::take(&mut engine.cm_inbox), std::mem::take(&mut engine.hosts_gone));
     let idle = !more && engine.arm();
