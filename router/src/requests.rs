@@ -261,7 +261,9 @@ impl Handle for CreateSrq {
 
 impl Handle for DestroySrq {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
-        done(session.shared.with(|state| state.destroy_srq(session.owner, self.srq)))
+        session.shared.with(|state| state.destroy_srq(session.owner, self.srq))?;
+        session.shared.links.get().into_iter().for_each(|links| links.forget_queue(self.srq));
+        Ok((Done {}, vec![]))
     }
 }
 
@@ -294,18 +296,17 @@ impl Handle for Connect {
     }
 }
 
-/// The name of the other host that has `gid`, as the session's container sees it, if `qpn` may reach that.
-fn far_host(session: &Session, qpn: u32, gid: Gid) -> Option<Arc<str>> {
+/// The name of the other host that has `gid`, as the session's container sees it.
+fn far_host(session: &Session, gid: Gid) -> Option<Arc<str>> {
     session.shared.links.get()?;
-    let (tenant, ip) =
-        session.shared.with(|state| state.elsewhere(session.owner, gid).filter(|_| state.can_be_far(qpn)))?;
+    let (tenant, ip) = session.shared.with(|state| state.elsewhere(session.owner, gid))?;
     let host = session.shared.cluster.get()?.hosts.find(&tenant, ip)?;
     Some(host.name.clone())
 }
 
 /// Connects a queue pair that is linked to `gid` to another host, if that has it. True: it does.
 fn connect_far(session: &Session, qpn: u32, gid: Gid) -> Result<bool> {
-    let (Some(host), Some(links)) = (far_host(session, qpn, gid), session.shared.links.get()) else {
+    let (Some(host), Some(links)) = (far_host(session, gid), session.shared.links.get()) else {
         return Ok(false);
     };
     let qp = session.shared.with(|state| {
@@ -359,7 +360,7 @@ impl Handle for Resolve {
         let (qpn, dest, gid) = (self.qpn, self.dest_qpn, Gid(self.dgid));
         let (mut info, fds) =
             session.shared.with(|state| state.resolve(session.owner, qpn, dest, gid, self.srqn))?;
-        if info.state == peer_state::ABSENT && far_host(session, qpn, gid).is_some() {
+        if info.state == peer_state::ABSENT && far_host(session, gid).is_some() {
             // One whose peer came to be known as far only now is connected there now.
             connect_far(session, qpn, gid)?;
             info.state = peer_state::LINK;

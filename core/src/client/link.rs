@@ -92,7 +92,6 @@ impl RingMemory {
     }
 
     fn attach(&self, context: &Context, qpn: u32, bit: u32, send_bit: u32) -> Result<()> {
-        self.header[0].reset();
         let request = AttachLink {
             qpn,
             slab: self.block.slab,
@@ -160,6 +159,7 @@ impl Links {
         state.doorbell(context)?;
         let memory = RingMemory::new(context, DATAGRAM_DEPTH, slot_words(0, limits::MTU as usize))?;
         let bit = state.next_bit();
+        memory.header[0].reset();
         memory.attach(context, DATAGRAMS, bit, 0)?;
         state.datagrams = Some(Datagrams { memory, bit, sent: 0 });
         Ok(())
@@ -303,9 +303,9 @@ impl LinkQueue {
         Ok(LinkQueue { memory, doorbell, bit, lane, submitted: 0, passed_over: 0, scratch: Vec::new() })
     }
 
-    /// The QP was connected (anew): from now on the router takes its requests.
-    pub fn attach(&mut self, context: &Context, qpn: u32, send_bit: u32) -> Result<()> {
-        self.reset();
+    /// The QP was connected (anew), or goes on after a failure: from now on the router takes its requests, from `first` on.
+    pub fn attach(&mut self, context: &Context, qpn: u32, send_bit: u32, first: u32) -> Result<()> {
+        self.begin(first);
         self.doorbell = context.links.lock().doorbell(context)?;
         self.memory.attach(context, qpn, self.bit, send_bit)?;
         self.lane.active.store(true, Ordering::Relaxed);
@@ -314,8 +314,12 @@ impl LinkQueue {
 
     /// The router takes none any more.
     pub fn reset(&mut self) {
+        self.begin(0);
+    }
+
+    fn begin(&mut self, first: u32) {
         self.lane.active.store(false, Ordering::Relaxed);
-        (self.submitted, self.passed_over) = (0, 0);
+        (self.submitted, self.passed_over) = (first, first);
         self.memory.header[0].reset();
         self.lane.seen.store(0, Ordering::Relaxed);
     }
@@ -351,6 +355,7 @@ impl LinkQueue {
             rnr_retry: patience.rnr_retry,
             imm: request.imm,
             total: u32::try_from(total).unwrap_or(u32::MAX),
+            dest_qpn: request.srqn,
             ..wqe_to(&request.target)
         };
         ring.write(self.seq(), &wqe, if carried { &[] } else { request.sges });

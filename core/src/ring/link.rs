@@ -44,6 +44,7 @@ pub struct Wqe {
     pub compare_add: u64,
     pub swap: u64,
     pub dgid: [u8; 16],
+    /// Datagrams: the receiving QP. XRC: the shared receive queue.
     pub dest_qpn: u32,
     pub qkey: u32,
 }

@@ -4,6 +4,7 @@
 //! the peer asks. It must never know connections or hosts.
 
 use std::cell::Cell;
+use std::collections::HashMap;
 use std::time::Instant;
 
 use freeflow_core::exec::{
@@ -11,19 +12,17 @@ use freeflow_core::exec::{
 };
 use freeflow_core::ring::{INLINE_BYTES, LinkDone, MAX_SGE, Ring, RqShared, Submissions, Wqe};
 use freeflow_core::sync::Ordering;
-use freeflow_core::verbs::{Access, Gid, QpState, SendFlags, SendOp, Sge, WcStatus, limits};
+use freeflow_core::verbs::{Access, Gid, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, limits};
 
 use super::memory::{Inbound, Input, Span};
 use super::requester::{Requester, Source, Wr};
 use super::responder::{PendingRead, Responder};
 use super::wire::Header;
-use crate::state::{FarQp, FarRing, FarSrq};
+use crate::state::{FarDomain, FarQp, FarRing, FarSrq};
 
 /// Where the executor is told that payloads are which are not in this process: it hands these addresses on, and touches
 /// only payloads of at most [`INLINE_BYTES`], which are.
 const NOWHERE: u64 = 1 << 62;
-/// 10 us, as RNR timers are encoded.
-const SHORTEST: u32 = 1;
 /// From this size on bytes are sent by reference to their pages.
 pub const BY_REFERENCE: u32 = 8192;
 
@@ -31,6 +30,8 @@ pub const BY_REFERENCE: u32 = 8192;
 struct Forwarded {
     ring: FarRing,
     next: u32,
+    /// Requests that had ended before the ring was attached.
+    before: u32,
     send_bit: u32,
     told: LinkDone,
 }
@@ -46,6 +47,8 @@ pub enum Served {
     NotReady {
         timer: u32,
     },
+    /// There are receives, but what completed before was not polled for so long that no more can complete.
+    Busy,
     Absent,
     Failed {
         status: WcStatus,
@@ -62,34 +65,69 @@ pub struct Endpoint {
     pub requester: Requester,
     pub responder: Responder,
     forwarded: Option<Forwarded>,
-    /// The shared receive queue has fallen below its limit; its owner is to be told.
-    limited: Cell<bool>,
+    /// XRC's target: what requests reach, by the shared receive queue that they name.
+    queues: HashMap<u32, FarDomain>,
+    /// The shared receive queue that has fallen below its limit; its owner is to be told. 0: none.
+    limited: Cell<u32>,
     /// What the peer has invalidated of this end's.
     pub retired: Retired,
 }
 
 impl Endpoint {
     pub fn new(qp: FarQp, incarnation: u64) -> Self {
-        let requester = Requester::new(incarnation as u32);
+        let requester = Requester::new(incarnation as u32, qp.kind != QpType::Uc);
         Endpoint {
             qp,
             incarnation,
             requester,
             responder: Responder::new(),
             forwarded: None,
-            limited: Cell::new(false),
+            queues: HashMap::new(),
+            limited: Cell::new(0),
             retired: Retired::default(),
         }
     }
 
     /// The number of the shared receive queue that has just fallen below its limit.
     pub fn take_limited(&self) -> Option<u32> {
-        self.qp.srq.as_ref().filter(|_| self.limited.take()).map(|srq| srq.number)
+        Some(self.limited.take()).filter(|number| *number != 0)
     }
 
-    pub fn attach(&mut self, ring: FarRing, send_bit: u32) {
+    /// Does a request for `srqn` need a domain that is not known yet?
+    pub fn lacks(&self, srqn: u32) -> bool {
+        self.qp.kind == QpType::XrcRecv && !self.queues.contains_key(&srqn)
+    }
+
+    pub fn learn_queue(&mut self, srqn: u32, domain: FarDomain) {
+        self.queues.insert(srqn, domain);
+    }
+
+    pub fn forget_queue(&mut self, srqn: u32) {
+        if self.responder.srqn == srqn && self.queues.contains_key(&srqn) {
+            self.give_up();
+        }
+        self.queues.remove(&srqn);
+    }
+
+    /// What a request reaches.
+    fn domain(&self, srqn: u32) -> Option<&FarDomain> {
+        match self.qp.kind {
+            QpType::XrcRecv => self.queues.get(&srqn),
+            QpType::XrcSend => None,
+            _ => Some(&self.qp.domain),
+        }
+    }
+
+    /// The process hands over requests in `ring` from now on. True: it goes on after a failure, so the peer must be opened to.
+    pub fn attach(&mut self, ring: FarRing, send_bit: u32) -> bool {
+        let again = self.requester.failure().is_some();
+        if again {
+            self.requester.restart();
+        }
+        let before = self.requester.done();
         let told = LinkDone { count: 0, status: 0 };
-        self.forwarded = Some(Forwarded { ring, next: 0, send_bit, told });
+        self.forwarded = Some(Forwarded { ring, next: 0, before, send_bit, told });
+        again
     }
 
     fn state(&self) -> Option<QpState> {
@@ -136,7 +174,7 @@ impl Endpoint {
         let loud = self.requester.take_loud();
         let Some(forwarded) = &mut self.forwarded else { return false };
         let status = self.requester.failure().map_or(0, |status| status as u32);
-        let now = LinkDone { count: self.requester.done(), status };
+        let now = LinkDone { count: self.requester.done().wrapping_sub(forwarded.before), status };
         if now == forwarded.told {
             return false;
         }
@@ -168,29 +206,31 @@ impl Endpoint {
             return Err(WcStatus::WrFlushErr);
         }
         match &wr.source {
-            Source::List(sges) => self.qp.memory.scatter(sges, offset, len, input),
+            Source::List(sges) => self.qp.domain.memory.scatter(sges, offset, len, input),
             Source::Payload(_) => Err(WcStatus::LocQpOpErr),
         }
     }
 
     // ---- what comes in
 
-    fn peer(&self) -> Peer<'_> {
+    fn peer<'a>(&'a self, domain: &'a FarDomain) -> Peer<'a> {
+        let FarDomain { memory, cq, bit, srq } = domain;
         Peer {
             qp: &self.qp.shared[0],
             rq: RqShared::new(&self.qp.slots),
-            srq: self.qp.srq.as_ref().map(FarSrq::ring),
-            recv_pd: self.qp.srq.as_ref().map_or(self.qp.memory.pd, |srq| srq.memory.pd),
-            cq: &self.qp.recv_cq.shared[0],
-            cq_bit: self.qp.recv_bit,
-            mrs: &self.qp.memory.mrs,
-            pd: self.qp.memory.pd,
+            srq: srq.as_ref().map(FarSrq::ring),
+            recv_pd: srq.as_ref().map_or(memory.pd, |srq| srq.memory.pd),
+            cq: &cq.shared[0],
+            cq_bit: *bit,
+            mrs: &memory.mrs,
+            pd: memory.pd,
             qpn: self.qp.qpn,
         }
     }
 
     fn run(
         &self,
+        domain: &FarDomain,
         request: &Request<'_>,
         progress: &mut Progress,
         memory: &mut Inbound<'_, '_>,
@@ -198,22 +238,32 @@ impl Endpoint {
         budget: u64,
     ) -> Outcome {
         let local = LocalTable::new(&[], 0);
-        let peer = Some(self.peer());
+        let peer = Some(self.peer(domain));
         let (qpn, gid) = from;
         let outcome = execute(request, progress, Env { local, peer, memory, qpn, client: 0, gid, budget });
-        if memory.limits > 0 {
-            self.limited.set(true);
+        if let Some(srq) = domain.srq.as_ref().filter(|_| memory.limits > 0) {
+            self.limited.set(srq.number);
         }
         if memory.rings > 0 {
-            self.qp.recv_cq.bell.iter().for_each(|bell| bell.ring());
+            domain.cq.bell.iter().for_each(|bell| bell.ring());
         }
         outcome
     }
 
+    fn inbound<'a, 'i>(
+        &'a self,
+        domain: &'a FarDomain,
+        input: Option<&'a mut Input<'i>>,
+        at: u64,
+    ) -> Inbound<'a, 'i> {
+        Inbound::new(domain, &self.qp, &self.retired, input, at)
+    }
+
     /// Carries out a piece of a WRITE or SEND, or an atomic, that `responder` found good. `input` has its bytes.
     pub fn serve(&mut self, header: &Header, op: SendOp, input: &mut Input<'_>) -> Served {
+        let Some(domain) = self.domain(header.srqn) else { return Served::Absent };
         let mut old = [0u8; 8];
-        let mut progress = std::mem::take(&mut self.responder.progress);
+        let mut progress = self.responder.progress;
         let outcome = {
             let (base, length) = match &*input {
                 _ if op.is_atomic() => (old.as_mut_ptr() as u64, 8),
@@ -230,15 +280,15 @@ impl Endpoint {
             let flags = SendFlags::INLINE | if solicited { SendFlags::SOLICITED } else { SendFlags::empty() };
             let sges = [Sge { addr: base, length, lkey: 0 }];
             let target = target_of(header, op);
-            let request = Request { op, flags, imm: header.imm, target, sges: &sges, srqn: 0 };
-            let mut memory =
-                Inbound::new(&self.qp, &self.retired, Some(input), base + u64::from(header.offset));
+            let request = Request { op, flags, imm: header.imm, target, sges: &sges, srqn: header.srqn };
+            let mut memory = self.inbound(domain, Some(input), base + u64::from(header.offset));
             memory.word = op.is_word();
-            let budget = u64::from(header.len).max(1);
-            let outcome = self.run(&request, &mut progress, &mut memory, (header.from, self.qp.dest), budget);
+            let (from, budget) = ((header.from, self.qp.dest), u64::from(header.len).max(1));
+            let outcome = self.run(domain, &request, &mut progress, &mut memory, from, budget);
             (outcome, memory.faults > 0)
         };
         self.responder.progress = progress;
+        self.responder.srqn = header.srqn;
         match outcome {
             (Outcome::Done { status: WcStatus::Success, .. }, _) if op.is_atomic() => {
                 Served::Result(u64::from_ne_bytes(old))
@@ -252,22 +302,23 @@ impl Endpoint {
             // Later is of copies that a router makes for others.
             (Outcome::Absent | Outcome::Later, _) => Served::Absent,
             // All tickets of a shared queue are out; its owner takes them as it polls.
-            (Outcome::Full, _) => Served::NotReady { timer: SHORTEST },
+            (Outcome::Full, _) => Served::Busy,
         }
     }
 
     /// The next bytes of a READ's answer.
     pub fn serve_read(&self, read: &PendingRead, most: u32) -> Result<Vec<Span>, Served> {
+        let domain = self.domain(read.srqn).ok_or(Served::Absent)?;
         let len = (read.total - read.sent).min(most);
         let sges = [Sge { addr: NOWHERE, length: read.total, lkey: 0 }];
         let target = Target::Memory { addr: read.addr, rkey: read.rkey };
         let request =
             Request { op: SendOp::Read, flags: SendFlags::INLINE, imm: 0, target, sges: &sges, srqn: 0 };
         let mut progress = Progress { moved: read.sent.into(), claim: None };
-        let mut memory = Inbound::new(&self.qp, &self.retired, None, NOWHERE);
+        let mut memory = self.inbound(domain, None, NOWHERE);
         memory.by_reference = len >= BY_REFERENCE;
         let from = (self.qp.dest_qpn, self.qp.dest);
-        match self.run(&request, &mut progress, &mut memory, from, len.into()) {
+        match self.run(domain, &request, &mut progress, &mut memory, from, len.into()) {
             Outcome::Done { status: WcStatus::Success, .. } | Outcome::Again => Ok(memory.output),
             Outcome::Done { status, .. } => Err(Served::Failed { status, fault: memory.faults > 0 }),
             Outcome::Rnr | Outcome::Full | Outcome::Absent | Outcome::Later => Err(Served::Absent),
@@ -277,16 +328,17 @@ impl Endpoint {
     /// Gives back the receive that a request had begun to fill.
     pub fn give_up(&mut self) {
         let mut progress = std::mem::take(&mut self.responder.progress);
-        let mut memory = Inbound::new(&self.qp, &self.retired, None, NOWHERE);
-        abandon(&mut progress, self.peer(), &mut memory, self.qp.dest_qpn, 0);
+        let Some(domain) = self.domain(self.responder.srqn) else { return };
+        let mut memory = self.inbound(domain, None, NOWHERE);
+        abandon(&mut progress, self.peer(domain), &mut memory, self.qp.dest_qpn, 0);
         if memory.rings > 0 {
-            self.qp.recv_cq.bell.iter().for_each(|bell| bell.ring());
+            domain.cq.bell.iter().for_each(|bell| bell.ring());
         }
     }
 
     /// Is a receive posted?
     pub fn has_receive(&self) -> bool {
-        match &self.qp.srq {
+        match &self.qp.domain.srq {
             None => RqShared::new(&self.qp.slots).ready(&self.qp.shared[0].head),
             Some(srq) => srq.ring().ready(),
         }
@@ -303,8 +355,9 @@ impl Endpoint {
         let flags = SendFlags::INLINE | if solicited { SendFlags::SOLICITED } else { SendFlags::empty() };
         let request =
             Request { op, flags, imm: header.imm, target: Target::Datagram(dest), sges: &sges, srqn: 0 };
-        let mut memory = Inbound::new(&self.qp, &self.retired, None, 0);
-        self.run(&request, &mut Progress::default(), &mut memory, (header.from, from), u64::MAX);
+        let domain = &self.qp.domain;
+        let (mut memory, mut progress) = (self.inbound(domain, None, 0), Progress::default());
+        self.run(domain, &request, &mut progress, &mut memory, (header.from, from), u64::MAX);
     }
 }
 
@@ -322,9 +375,9 @@ pub fn spans(qp: &FarQp, wr: &Wr, offset: u32, len: u32) -> Result<Vec<Span>, Wc
             if offset == 0 {
                 let writes = wr.op.writes_locally();
                 let need = if writes { Access::LOCAL_WRITE } else { Access::empty() };
-                qp.memory.judge(sges, need)?;
+                qp.domain.memory.judge(sges, need)?;
             }
-            qp.memory.gather(sges, offset, len, len >= BY_REFERENCE)
+            qp.domain.memory.gather(sges, offset, len, len >= BY_REFERENCE)
         }
     }
 }
@@ -374,6 +427,7 @@ fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
         imm: wqe.imm,
         target,
         source,
+        srqn: wqe.dest_qpn,
         total: if long { 0 } else { total as u32 },
         quiet: wqe.flags & Wqe::QUIET != 0,
         timeout: wqe.timeout,

@@ -280,12 +280,19 @@ impl Engine {
         let Some(slot) = self.slots.get_mut(&qpn).filter(|s| s.endpoint.qp.client == client) else {
             return false;
         };
-        slot.endpoint.attach(ring, send_bit);
+        let again = slot.endpoint.attach(ring, send_bit);
         let marked = process.marks.entry(bit).or_default();
         if !marked.contains(&qpn) {
             marked.push(qpn);
         }
+        if again {
+            self.open(qpn);
+        }
         true
+    }
+
+    pub fn forget_queue(&mut self, srqn: u32) {
+        self.slots.values_mut().for_each(|slot| slot.endpoint.forget_queue(srqn));
     }
 
     /// A client is gone; its queue pairs were disconnected before.

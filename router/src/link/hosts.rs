@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use freeflow_core::verbs::WcStatus;
-
 use super::conn::{Conn, End};
 use super::engine::{Engine, Slot};
 use super::inbound::open_message;
@@ -194,7 +192,7 @@ impl Engine {
                 slot.endpoint.give_up();
                 slot.endpoint.responder.close();
                 if !slot.endpoint.requester.is_idle() {
-                    slot.endpoint.requester.fail(WcStatus::RetryExcErr);
+                    slot.endpoint.requester.give_up();
                 }
                 slot.dead = true;
                 *qpn
@@ -224,10 +222,15 @@ impl Engine {
         }
         let late: Vec<u32> = self.busy.iter().copied().filter(|qpn| self.is_late(*qpn, now)).collect();
         for qpn in late {
-            if let Some(slot) = self.slots.get_mut(&qpn) {
-                slot.endpoint.requester.fail(WcStatus::RetryExcErr);
-            }
+            let Some(slot) = self.slots.get_mut(&qpn) else { continue };
+            let requester = &mut slot.endpoint.requester;
+            let open = requester.is_open();
+            requester.give_up();
+            let goes_on = open && requester.failure().is_none();
             self.report(qpn);
+            if goes_on {
+                self.open(qpn); // of what was lost nothing more may come
+            }
         }
     }
 

@@ -138,7 +138,10 @@ impl Engine {
         match kind {
             Kind::Ack => requester.on_ack(seq, epoch, now)?,
             Kind::Nak => requester.on_nak(seq, status.unwrap_or(WcStatus::RemOpErr), epoch, now)?,
-            Kind::RnrNak => requester.on_rnr(seq, header.imm, epoch, now)?,
+            Kind::RnrNak => {
+                let counts = header.flags & wire::flags::BUSY == 0;
+                requester.on_rnr(seq, header.imm, counts, epoch, now)?;
+            }
             Kind::Opened => requester.on_opened(seq, epoch, now)?,
             Kind::Absent => requester.on_absent(epoch, now),
             Kind::AtomicResult => {
@@ -210,6 +213,7 @@ impl Engine {
         }
         let op = SendOp::try_from(u32::from(header.op));
         let op = op.map_err(|_| Malformed::Content("a request of unknown kind"))?;
+        self.learn_queue(header);
         let Some(slot) = self.slots.get_mut(&header.to) else { return Ok(None) };
         slot.served_by = Some(index);
         let responder = &mut slot.endpoint.responder;
@@ -234,6 +238,17 @@ impl Engine {
                 }
                 Ok(Some(served))
             }
+        }
+    }
+
+    /// Finds the shared receive queue that an XRC request names for the first time.
+    fn learn_queue(&mut self, header: &Header) {
+        let (qpn, srqn) = (header.to, header.srqn);
+        let Some(slot) = self.slots.get_mut(&qpn).filter(|slot| slot.endpoint.lacks(srqn)) else { return };
+        if let Some(Ok(domain)) =
+            self.shared.upgrade().map(|shared| shared.with(|state| state.far_queue(qpn, srqn)))
+        {
+            slot.endpoint.learn_queue(srqn, domain);
         }
     }
 
@@ -262,6 +277,12 @@ impl Engine {
             }
             Served::NotReady { timer } => {
                 let nak = Header { seq, epoch, imm: timer, ..Header::new(Kind::RnrNak, qpn, to) };
+                conn.send_bytes(&nak, &[]);
+            }
+            Served::Busy => {
+                let timer = self.slots.get_mut(&qpn).map_or(0, |slot| slot.endpoint.responder.busy());
+                let flags = wire::flags::BUSY;
+                let nak = Header { seq, epoch, flags, imm: timer, ..Header::new(Kind::RnrNak, qpn, to) };
                 conn.send_bytes(&nak, &[]);
             }
             Served::Absent if !self.slots.contains_key(&qpn) => {
@@ -335,7 +356,7 @@ impl Engine {
                 *qp.tenant == *tenant
                     && qp.dest == Gid(ends.from)
                     && qp.vip == Gid(ends.to)
-                    && Some(qp.kind) == kind
+                    && Some(qp.kind.counterpart()) == kind
             });
         tracing::debug!("QP {:#x} of host {} opens to {qpn:#x}: {agrees}", header.from, conn.host);
         let Some(slot) = self.slots.get_mut(&qpn).filter(|_| agrees) else {
@@ -359,8 +380,7 @@ impl Engine {
 
 /// Checks a READ when its turn comes, before what follows it is carried out; its bytes go out later.
 fn begin_read(endpoint: &mut Endpoint, header: &Header) -> Served {
-    let Header { seq, addr, rkey, total, .. } = *header;
-    if let Err(refused) = endpoint.serve_read(&PendingRead { seq, addr, rkey, total, sent: 0 }, 0) {
+    if let Err(refused) = endpoint.serve_read(&PendingRead::of(header), 0) {
         return refused;
     }
     endpoint.responder.read(header);
@@ -370,9 +390,12 @@ fn begin_read(endpoint: &mut Endpoint, header: &Header) -> Served {
 
 /// Runs a piece of a request, and notes how far that got.
 fn execute(endpoint: &mut Endpoint, header: &Header, op: SendOp, input: &mut Input<'_>) -> Served {
-    let served = endpoint.serve(header, op, input);
-    let responder = &mut endpoint.responder;
     let whole = header.offset + header.len == header.total || op.is_atomic();
+    let served = match endpoint.qp.kind {
+        QpType::Uc => deliver_or_lose(endpoint, header, op, input, whole),
+        _ => endpoint.serve(header, op, input),
+    };
+    let responder = &mut endpoint.responder;
     match served {
         Served::Done if whole => responder.executed(),
         Served::Result(old) => {
@@ -381,12 +404,31 @@ fn execute(endpoint: &mut Endpoint, header: &Header, op: SendOp, input: &mut Inp
         }
         Served::Partly if !whole => responder.came += header.len,
         // The rest of it is on its way: nothing of that counts.
-        Served::NotReady { .. } | Served::Absent => responder.not_ready(),
+        Served::NotReady { .. } | Served::Busy | Served::Absent => responder.not_ready(),
         Served::Failed { .. } => {}
         // The receive that was being filled was lost on the way.
         Served::Partly | Served::Done => return Served::Failed { status: WcStatus::RemOpErr, fault: false },
     }
     served
+}
+
+/// What cannot be delivered of an unreliable connection is lost, to its end, and nobody is told.
+fn deliver_or_lose(
+    endpoint: &mut Endpoint,
+    header: &Header,
+    op: SendOp,
+    input: &mut Input<'_>,
+    whole: bool,
+) -> Served {
+    if !endpoint.responder.lost {
+        let served = endpoint.serve(header, op, input);
+        if matches!((served, whole), (Served::Done, true) | (Served::Partly, false)) {
+            return served;
+        }
+        endpoint.give_up();
+        endpoint.responder.lost = true;
+    }
+    if whole { Served::Done } else { Served::Partly }
 }
 
 /// The Open of a queue pair, as it is now.

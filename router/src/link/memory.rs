@@ -17,7 +17,7 @@ use freeflow_core::shm::{PAGE, PdMemoryView, SharedBytes, View};
 use freeflow_core::verbs::{Access, QpType, Sge, WcStatus};
 use rustix::io::Errno;
 
-use crate::state::FarQp;
+use crate::state::{FarDomain, FarQp};
 
 /// Pollers watch the last byte of a WRITE: the last bytes go in last.
 const TAIL: usize = 64;
@@ -347,13 +347,19 @@ pub struct Inbound<'a, 'i> {
 }
 
 impl<'a, 'i> Inbound<'a, 'i> {
-    pub fn new(qp: &'a FarQp, retired: &'a Retired, input: Option<&'a mut Input<'i>>, at: u64) -> Self {
-        let memory = &qp.memory;
+    pub fn new(
+        domain: &'a FarDomain,
+        qp: &FarQp,
+        retired: &'a Retired,
+        input: Option<&'a mut Input<'i>>,
+        at: u64,
+    ) -> Self {
+        let memory = &domain.memory;
         Inbound {
             memory,
             qpn: qp.qpn,
             retired,
-            receives: qp.srq.as_ref().map_or(memory, |srq| &srq.memory),
+            receives: domain.srq.as_ref().map_or(memory, |srq| &srq.memory),
             reliable: qp.kind != QpType::Uc,
             input,
             at,

@@ -280,6 +280,7 @@ fn request_header(wr: &Wr, from: u32, to: u32) -> Header {
         flags: if solicited { wire::flags::SOLICITED } else { 0 },
         imm: wr.imm,
         total: wr.total,
+        srqn: wr.srqn,
         ..Header::new(Kind::Request, from, to)
     };
     match wr.target {

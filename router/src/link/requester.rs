@@ -17,6 +17,8 @@ pub const WINDOW: usize = 128;
 pub const MAX_READS: usize = 16;
 /// A silence shorter than this is not held against another host, whatever a queue pair's timeout is.
 pub const LEAST_SILENCE: Duration = Duration::from_millis(200);
+/// So long a message of an unreliable connection waits for another host to be reached before it is lost.
+const FIRST_CONTACT: Duration = Duration::from_secs(1);
 /// rnr_retry value that means for ever.
 const RNR_FOREVER: u8 = 7;
 
@@ -37,6 +39,8 @@ pub struct Wr {
     pub imm: u32,
     pub target: Target,
     pub source: Source,
+    /// XRC: the shared receive queue that it is for.
+    pub srqn: u32,
     pub total: u32,
     /// Its success wakes nobody.
     pub quiet: bool,
@@ -88,6 +92,8 @@ pub struct Nonsense;
 /// See the module.
 #[derive(Debug)]
 pub struct Requester {
+    /// Of RC. A message of UC that cannot be delivered is lost, and ends as if it had been.
+    reliable: bool,
     /// Not done, oldest first: `first`, `first + 1`, ...
     queue: VecDeque<Out>,
     first: u32,
@@ -123,8 +129,9 @@ fn before(a: u32, b: u32) -> bool {
 
 impl Requester {
     /// `epoch` is random: nothing of an earlier connection of the same numbers fits.
-    pub fn new(epoch: u32) -> Self {
+    pub fn new(epoch: u32, reliable: bool) -> Self {
         Requester {
+            reliable,
             queue: VecDeque::new(),
             first: 0,
             next: 0,
@@ -189,6 +196,9 @@ impl Requester {
             self.waits_since = Some(now);
         }
         self.queue.push_back(Out { wr, answered: 0, complete: false });
+        if self.door == Door::Absent && !self.reliable {
+            self.lose();
+        }
     }
 
     fn at(&self, seq: u32) -> Option<&Out> {
@@ -272,27 +282,40 @@ impl Requester {
         Ok(())
     }
 
-    /// Request `seq` met no receive; `timer` is the receiver's, encoded.
-    pub fn on_rnr(&mut self, seq: u32, timer: u32, epoch: u32, now: Instant) -> Result<(), Nonsense> {
+    /// Request `seq` met no receive, which `counts` as a retry unless the receiver is only slow; `timer` is the receiver's,
+    /// encoded.
+    pub fn on_rnr(
+        &mut self,
+        seq: u32,
+        timer: u32,
+        counts: bool,
+        epoch: u32,
+        now: Instant,
+    ) -> Result<(), Nonsense> {
         if epoch != self.epoch {
             return Ok(());
         }
         self.acknowledge(seq, now)?;
         let retries = self.at(seq).ok_or(Nonsense)?.wr.rnr_retry;
-        let left = match self.rnr {
-            Some((again, left)) if again == seq => left,
-            _ => retries,
-        };
-        if retries != RNR_FOREVER && left == 0 {
+        if counts && !self.may_retry(seq, retries) {
             self.nak = Some((seq, WcStatus::RnrRetryExcErr));
             self.settle();
             return Ok(());
         }
-        self.rnr = Some((seq, left.saturating_sub(1)));
         self.not_before = Some(now + Duration::from_micros(rnr_timer_us(timer)));
         self.go_back(seq);
         self.settle();
         Ok(())
+    }
+
+    /// Counts a retry of request `seq`, of which there may be so many.
+    fn may_retry(&mut self, seq: u32, retries: u8) -> bool {
+        let left = match self.rnr {
+            Some((again, left)) if again == seq => left,
+            _ => retries,
+        };
+        self.rnr = Some((seq, left.saturating_sub(1)));
+        retries == RNR_FOREVER || left > 0
     }
 
     /// The READ that an answer of `len` bytes at `offset` belongs to. The bytes must follow those that came before.
@@ -377,6 +400,28 @@ impl Requester {
         }
     }
 
+    /// The other side is silent, or gone.
+    pub fn give_up(&mut self) {
+        if self.reliable { self.fail(WcStatus::RetryExcErr) } else { self.lose() }
+    }
+
+    /// All requests count as sent.
+    fn lose(&mut self) {
+        self.loud |= self.queue.iter().any(|out| !out.wr.quiet);
+        self.first = self.first.wrapping_add(self.queue.len() as u32);
+        self.queue.clear();
+        (self.next, self.executed, self.reach, self.offset) = (self.first, self.first, self.first, 0);
+        (self.waits_since, self.not_before, self.rnr) = (None, None, None);
+    }
+
+    /// The queue goes on after a failure, with new requests. The other side must be opened to.
+    pub fn restart(&mut self) {
+        let lost = self.next.wrapping_add(1);
+        (self.failed, self.nak) = (None, None);
+        (self.first, self.next, self.executed, self.reach, self.offset) = (lost, lost, lost, lost, 0);
+        self.door = Door::Shut;
+    }
+
     // ---- the door
 
     /// The connection is lost, or a new one is there: an Open must be answered first. What it says: the oldest request
@@ -415,6 +460,9 @@ impl Requester {
         if epoch == self.epoch && self.door != Door::Absent {
             self.door = Door::Absent;
             self.waits_since = (!self.queue.is_empty()).then_some(now);
+            if !self.reliable {
+                self.lose();
+            }
         }
     }
 
@@ -424,6 +472,10 @@ impl Requester {
     pub fn deadline(&self, heard: Instant) -> Option<Instant> {
         let wr = &self.queue.front()?.wr;
         let waits = self.waits_since?;
+        if !self.reliable {
+            let patience = if self.door == Door::Open { LEAST_SILENCE } else { FIRST_CONTACT };
+            return Some(waits.max(heard) + patience);
+        }
         let each = Duration::from_micros(ack_timeout_us(u32::from(wr.timeout))?);
         let all = each * (u32::from(wr.retry_cnt) + 1);
         match self.door {

@@ -11,6 +11,9 @@ use freeflow_core::verbs::SendOp;
 use super::requester::MAX_READS;
 use super::wire::Header;
 
+/// 0.64 ms, as RNR timers are encoded.
+const RARELY: u32 = 12;
+
 /// What to do with a piece of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -30,8 +33,16 @@ pub struct PendingRead {
     pub seq: u32,
     pub addr: u64,
     pub rkey: u32,
+    pub srqn: u32,
     pub total: u32,
     pub sent: u32,
+}
+
+impl PendingRead {
+    pub fn of(header: &Header) -> Self {
+        let Header { seq, addr, rkey, srqn, total, .. } = *header;
+        PendingRead { seq, addr, rkey, srqn, total, sent: 0 }
+    }
 }
 
 /// See the module.
@@ -45,8 +56,14 @@ pub struct Responder {
     /// Bytes of the present request that came, and what the executor knows of it.
     pub came: u32,
     pub progress: Progress,
+    /// XRC: the shared receive queue that it is for.
+    pub srqn: u32,
+    /// What comes of the present message is for nobody (UC).
+    pub lost: bool,
     /// No receive was ready: nothing more of this epoch is carried out.
     halted: bool,
+    /// How often in a row the receiver's completions had no room.
+    busy: u32,
     /// A request failed: nothing more is carried out.
     pub failed: bool,
     atomics: VecDeque<(u32, u64)>,
@@ -67,7 +84,10 @@ impl Responder {
             incarnation: None,
             came: 0,
             progress: Progress::default(),
+            srqn: 0,
+            lost: false,
             halted: false,
+            busy: 0,
             failed: false,
             atomics: VecDeque::new(),
             reads: VecDeque::new(),
@@ -88,14 +108,18 @@ impl Responder {
     }
 
     /// The other end opens; `header` is its Open. What it had half sent comes again from the start: the caller has given
-    /// back what `progress` holds. Returns the request expected next.
+    /// back what `progress` holds. Requests that it has given up do not come. Returns the request expected next.
     pub fn open(&mut self, header: &Header) -> u32 {
         if self.incarnation != Some(header.a) {
             *self = Responder { expected: header.seq, incarnation: Some(header.a), ..Responder::new() };
         }
+        if before(self.expected, header.seq) {
+            self.expected = header.seq;
+        }
         self.epoch = header.epoch;
         self.halted = false;
         self.came = 0;
+        self.lost = false;
         self.progress = Progress::default();
         self.reads.clear();
         self.ack_due = false;
@@ -140,6 +164,8 @@ impl Responder {
     pub fn executed(&mut self) {
         self.expected = self.expected.wrapping_add(1);
         self.came = 0;
+        self.lost = false;
+        self.busy = 0;
         self.progress = Progress::default();
         self.ack_due = true;
     }
@@ -149,6 +175,13 @@ impl Responder {
         self.halted = true;
         self.came = 0;
         self.progress = Progress::default();
+    }
+
+    /// Nobody has polled the receiver's completions: when to try again, as RNR timers are encoded. From 10 us on, then less
+    /// and less often.
+    pub fn busy(&mut self) -> u32 {
+        self.busy = (self.busy + 1).min(RARELY);
+        self.busy
     }
 
     /// An atomic was carried out: its result may be asked for again.
@@ -164,9 +197,8 @@ impl Responder {
     }
 
     pub fn read(&mut self, header: &Header) {
-        let Header { seq, addr, rkey, total, .. } = *header;
         if self.reads.len() < MAX_READS * 2 {
-            self.reads.push_back(PendingRead { seq, addr, rkey, total, sent: 0 });
+            self.reads.push_back(PendingRead::of(header));
         }
     }
 }

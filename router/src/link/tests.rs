@@ -36,6 +36,7 @@ fn wr(op: SendOp, number: u32, total: u32) -> Wr {
         imm: number,
         target: Target::Receive,
         source: Source::List(vec![]),
+        srqn: 0,
         total: if op.is_atomic() { 8 } else { total },
         quiet: false,
         timeout: 14,
@@ -66,7 +67,7 @@ impl World {
         let mut dice = Dice(seed);
         let epoch = dice.roll(1 << 32) as u32;
         World {
-            requester: Requester::new(epoch),
+            requester: Requester::new(epoch, true),
             responder: Responder::new(),
             incarnation: dice.roll(u64::MAX),
             dice,
@@ -211,7 +212,7 @@ impl World {
         let sane = match header.kind {
             kind if kind == Kind::Opened as u8 => requester.on_opened(seq, epoch, now),
             kind if kind == Kind::Ack as u8 => requester.on_ack(seq, epoch, now),
-            kind if kind == Kind::RnrNak as u8 => requester.on_rnr(seq, header.imm, epoch, now),
+            kind if kind == Kind::RnrNak as u8 => requester.on_rnr(seq, header.imm, true, epoch, now),
             kind if kind == Kind::ReadData as u8 => {
                 if requester.reading(seq, header.offset, header.len, epoch).is_some() {
                     requester.on_answer(seq, header.len, now);
@@ -263,7 +264,7 @@ fn simulated_requests_are_carried_out_once_and_in_order() {
 #[test]
 fn a_host_that_is_silent_fails_requests_after_their_own_time() {
     let start = Instant::now();
-    let mut requester = Requester::new(7);
+    let mut requester = Requester::new(7, true);
     assert_eq!(requester.deadline(start), None);
     requester.push(Wr { timeout: 17, retry_cnt: 1, ..wr(SendOp::Write, 0, 10) }, start);
     // 4.096 us * 2^17 * 2 = 1.07 s
@@ -271,7 +272,7 @@ fn a_host_that_is_silent_fails_requests_after_their_own_time() {
     assert_eq!((deadline - start).as_millis(), 1073);
     let heard = start + Duration::from_secs(3);
     assert_eq!((requester.deadline(heard).expect("it waits") - heard).as_millis(), 1073, "heard meanwhile");
-    let mut patient = Requester::new(7);
+    let mut patient = Requester::new(7, true);
     patient.push(Wr { timeout: 0, ..wr(SendOp::Write, 0, 10) }, start);
     assert_eq!(patient.deadline(start), None, "timeout 0 is for ever");
     requester.fail(WcStatus::RetryExcErr);
@@ -281,7 +282,7 @@ fn a_host_that_is_silent_fails_requests_after_their_own_time() {
 #[test]
 fn a_receiver_that_is_never_ready_fails_a_send_after_its_retries() {
     let mut now = Instant::now();
-    let mut requester = Requester::new(1);
+    let mut requester = Requester::new(1, true);
     let (_, epoch) = requester.reopen();
     requester.on_opened(0, epoch, now).expect("honest");
     requester.push(Wr { rnr_retry: 2, ..wr(SendOp::Send, 0, 10) }, now);
@@ -291,15 +292,74 @@ fn a_receiver_that_is_never_ready_fails_a_send_after_its_retries() {
         let Some(piece) = requester.piece(MOST, now) else { panic!("it must be tried again") };
         let epoch = piece.epoch;
         tries += 1;
-        requester.on_rnr(0, 1, epoch, now).expect("honest");
+        requester.on_rnr(0, 1, true, epoch, now).expect("honest");
     }
     assert_eq!((tries, requester.failure()), (3, Some(WcStatus::RnrRetryExcErr)));
 }
 
 #[test]
+fn a_receiver_that_is_only_slow_uses_up_no_retries() {
+    let mut now = Instant::now();
+    let mut requester = Requester::new(1, true);
+    let (_, epoch) = requester.reopen();
+    requester.on_opened(0, epoch, now).expect("honest");
+    requester.push(Wr { rnr_retry: 0, ..wr(SendOp::Send, 0, 10) }, now);
+    let mut responder = Responder::new();
+    let waits: Vec<u32> = (0..14).map(|_| responder.busy()).collect();
+    assert_eq!((waits[0], waits[13]), (1, 12), "less and less often");
+    for wait in waits {
+        now += Duration::from_millis(1);
+        let piece = requester.piece(MOST, now).expect("it is tried again");
+        let epoch = piece.epoch;
+        requester.on_rnr(0, wait, false, epoch, now).expect("honest");
+    }
+    assert_eq!((requester.failure(), requester.is_idle()), (None, false));
+}
+
+#[test]
+fn messages_of_uc_are_lost_and_count_as_sent() {
+    let now = Instant::now();
+    let mut requester = Requester::new(1, false);
+    let (_, epoch) = requester.reopen();
+    requester.push(wr(SendOp::Send, 0, 10), now);
+    assert!(requester.deadline(now).is_some_and(|late| late <= now + Duration::from_secs(1)));
+    requester.on_absent(epoch, now);
+    requester.push(wr(SendOp::Send, 1, 10), now);
+    assert_eq!((requester.done(), requester.failure(), requester.is_idle()), (2, None, true));
+    // The peer is there now, and expects the first; half of the third goes out before the host falls silent.
+    let (seq, epoch) = requester.reopen();
+    let mut responder = Responder::new();
+    responder.open(&Header { a: 5, ..Header::default() });
+    assert_eq!(responder.open(&Header { a: 5, seq, ..Header::default() }), 2);
+    requester.on_opened(2, epoch, now).expect("honest");
+    requester.push(wr(SendOp::Write, 2, 150), now);
+    assert_eq!(requester.piece(MOST, now).map(|piece| (piece.seq, piece.len)), Some((2, 100)));
+    requester.give_up();
+    assert_eq!((requester.done(), requester.failure()), (3, None));
+    assert_eq!(requester.reopen().0, 3, "nothing more of it comes");
+}
+
+#[test]
+fn a_queue_that_failed_goes_on_behind_the_failure() {
+    let now = Instant::now();
+    let mut requester = Requester::new(1, false);
+    let (_, epoch) = requester.reopen();
+    requester.on_opened(0, epoch, now).expect("honest");
+    (0..2).for_each(|number| requester.push(wr(SendOp::Send, number, 10), now));
+    let seq = requester.piece(MOST, now).map(|piece| piece.seq).expect("open");
+    requester.fail_locally(seq, WcStatus::LocProtErr);
+    assert_eq!(requester.failure(), Some(WcStatus::LocProtErr));
+    requester.restart();
+    let (first, epoch) = requester.reopen();
+    requester.on_opened(first, epoch, now).expect("honest");
+    requester.push(wr(SendOp::Send, 9, 10), now);
+    assert_eq!(requester.piece(MOST, now).map(|piece| (piece.seq, piece.wr.imm)), Some((first, 9)));
+}
+
+#[test]
 fn a_fence_waits_for_reads() {
     let now = Instant::now();
-    let mut requester = Requester::new(1);
+    let mut requester = Requester::new(1, true);
     let (_, epoch) = requester.reopen();
     requester.on_opened(0, epoch, now).expect("honest");
     requester.push(wr(SendOp::Read, 0, 10), now);
@@ -317,7 +377,7 @@ proptest! {
         answers in proptest::collection::vec((0u8..8, 0u32..40, 0u32..40, 0u32..40), 0..60)
     ) {
         let now = Instant::now();
-        let mut requester = Requester::new(0);
+        let mut requester = Requester::new(0, true);
         let (_, epoch) = requester.reopen();
         requester.on_opened(0, epoch, now).expect("honest");
         for number in 0..30 {
@@ -331,7 +391,7 @@ proptest! {
             let _ = match kind {
                 0 => requester.on_ack(seq, epoch, now),
                 1 => requester.on_nak(seq, WcStatus::RemAccessErr, epoch, now),
-                2 => requester.on_rnr(seq, y, epoch, now),
+                2 => requester.on_rnr(seq, y, x % 2 == 0, epoch, now),
                 3 => requester.on_opened(seq, epoch, now),
                 4 => { requester.on_absent(epoch, now); Ok(()) }
                 5 => {

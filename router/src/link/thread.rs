@@ -109,6 +109,11 @@ impl Links {
         self.inner.change(|engine| engine.attach(client, qpn, ring, bit, send_bit))
     }
 
+    /// An (XRC) shared receive queue is no more; when this returns the link uses nothing of it.
+    pub fn forget_queue(&self, srqn: u32) {
+        self.inner.lock().forget_queue(srqn);
+    }
+
     /// A client is gone.
     pub fn leave(&self, client: u32) {
         self.inner.change(|engine| engine.leave(client));

@@ -1,4 +1,4 @@
-//! What travels between routers: headers of 64 bytes, each followed by `len` bytes of payload.
+//! What travels between routers: headers of 72 bytes, each followed by `len` bytes of payload.
 //!
 //! Everything is little-endian at fixed offsets. What comes in is another host's word: sizes and kinds are judged here, the
 //! rest by whoever acts on it. It must never know sockets or queue pairs.
@@ -6,7 +6,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of the protocol; a hello of another one ends the connection.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Most payload of one message: what a small operation may have to wait for.
 pub const FRAGMENT: u32 = 256 << 10;
 /// Payload of messages that are not data, at most.
@@ -87,14 +87,20 @@ pub struct Header {
     pub addr: u64,
     pub a: u64,
     pub b: u64,
+    /// XRC: the shared receive queue that the request is for.
+    pub srqn: u32,
+    pub _pad: u32,
 }
 
 pub const HEADER: usize = size_of::<Header>();
-const _: () = assert!(HEADER == 64);
+const _: () = assert!(HEADER == 72);
 
 /// [`Header::flags`]
 pub mod flags {
+    /// Of a request or datagram: it wakes who sleeps for solicited ones.
     pub const SOLICITED: u8 = 1;
+    /// Of an RnrNak: there are receives, only nobody polls; no retry is counted.
+    pub const BUSY: u8 = 2;
 }
 
 /// Who opens to whom; the tenant's name follows.
@@ -179,14 +185,15 @@ mod tests {
             addr: 13,
             a: 14,
             b: 15,
+            srqn: 16,
             ..Header::new(Kind::Request, 7, 6)
         };
         let mut bytes = vec![6, 2, 3, 4, 5, 0, 0, 0, 6, 0, 0, 0, 7, 0, 0, 0, 4, 3, 2, 1, 8, 0, 0, 0];
         bytes.extend([9u32, 10, 11, 12].iter().flat_map(|n| n.to_le_bytes()));
-        bytes.extend([13u64, 14, 15].iter().flat_map(|n| n.to_le_bytes()));
+        bytes.extend([13u64, 14, 15, 16].iter().flat_map(|n| n.to_le_bytes()));
         assert_eq!(header.as_bytes(), bytes);
         assert_eq!(Header::parse(&bytes), Ok(Some((Kind::Request, header))));
-        assert_eq!(Header::parse(&bytes[..63]), Ok(None));
+        assert_eq!(Header::parse(&bytes[..71]), Ok(None));
     }
 
     #[test]

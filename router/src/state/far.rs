@@ -36,6 +36,16 @@ impl FarSrq {
     }
 }
 
+/// What a peer's requests may reach: memory, receives, and what those complete on.
+#[derive(Debug)]
+pub struct FarDomain {
+    pub memory: Memory,
+    pub cq: FarCq,
+    pub bit: u32,
+    /// Where the receives are, if they are not the queue pair's own.
+    pub srq: Option<FarSrq>,
+}
+
 /// A queue pair.
 #[derive(Debug)]
 pub struct FarQp {
@@ -49,12 +59,9 @@ pub struct FarQp {
     pub dest: Gid,
     pub shared: View<QpShared>,
     pub slots: View<RecvSlot>,
-    pub recv_cq: FarCq,
-    pub recv_bit: u32,
     pub send_cq: FarCq,
-    pub memory: Memory,
-    /// Where its receives are, if they are not its own.
-    pub srq: Option<FarSrq>,
+    /// Of its PD, its own requests' memory included. XRC's target has others: [`State::far_queue`].
+    pub domain: FarDomain,
 }
 
 /// A submission ring, checked.
@@ -86,11 +93,26 @@ impl State {
             dest,
             shared: View::new(slab.clone(), qp.qp_off.into(), 1).ok_or_else(gone)?,
             slots: View::new(slab.clone(), qp.rq_off.into(), qp.rq_depth as usize).ok_or_else(gone)?,
-            recv_cq: self.far_cq(qp.recv_cq).ok_or_else(gone)?,
-            recv_bit: qp.cq_bit,
             send_cq: self.far_cq(qp.send_cq).ok_or_else(gone)?,
-            memory: self.far_memory(owner.client, qp.pd)?,
-            srq: if qp.srq == 0 { None } else { Some(self.far_srq(owner.client, qp.srq)?) },
+            domain: FarDomain {
+                memory: self.far_memory(owner.client, qp.pd)?,
+                cq: self.far_cq(qp.recv_cq).ok_or_else(gone)?,
+                bit: qp.cq_bit,
+                srq: if qp.srq == 0 { None } else { Some(self.far_srq(owner.client, qp.srq)?) },
+            },
+        })
+    }
+
+    /// What a request to XRC's target `qpn` reaches that names the shared receive queue `srqn`.
+    pub fn far_queue(&self, qpn: u32, srqn: u32) -> Result<FarDomain> {
+        let gone = || Refusal::NoSuch { what: "shared receive queue", id: srqn };
+        let (owner, qp) = self.qps.get(qpn).ok_or_else(gone)?;
+        let (_, srq) = self.srq_of_domain(owner, qp, srqn).ok_or_else(gone)?;
+        Ok(FarDomain {
+            memory: self.far_memory(owner.client, srq.pd)?,
+            cq: self.far_cq(srq.cq).ok_or_else(gone)?,
+            bit: srq.cq_bit,
+            srq: Some(self.far_srq(owner.client, srqn)?),
         })
     }
 
@@ -120,11 +142,6 @@ impl State {
             slots: View::new(map.clone(), srq.slots.into(), srq.depth as usize).ok_or_else(gone)?,
             memory: self.far_memory(client, srq.pd)?,
         })
-    }
-
-    /// Can a link have queue pairs of this kind? XRC's need the shared queue of each request.
-    pub fn can_be_far(&self, qpn: u32) -> bool {
-        self.qps.get(qpn).is_some_and(|(_, qp)| matches!(qp.kind, QpType::Rc | QpType::Uc | QpType::Ud))
     }
 
     fn far_cq(&self, id: u32) -> Option<FarCq> {

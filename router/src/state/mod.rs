@@ -31,7 +31,7 @@ use freeflow_core::verbs::Gid;
 pub use client::{Client, Given, MrTable};
 pub use container::{Container, Counters, sorted};
 pub use copies::CopyPlan;
-pub use far::{FarQp, FarRing, FarSrq};
+pub use far::{FarDomain, FarQp, FarRing, FarSrq};
 use mcast::Groups;
 pub use mr::{Mr, Mrs};
 pub use objects::{Channel, Cq, Pd, Slab};

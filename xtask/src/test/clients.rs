@@ -58,22 +58,19 @@ impl Client {
     }
 }
 
-pub fn all() -> Vec<Client> {
-    [anywhere(), xrc()].concat()
-}
-
 /// Those with a server, which may be on another host.
 pub fn pairs() -> Vec<Client> {
-    anywhere().into_iter().filter(|client| client.server.is_some()).collect()
+    all().into_iter().filter(|client| client.server.is_some()).collect()
 }
 
-fn anywhere() -> Vec<Client> {
+pub fn all() -> Vec<Client> {
     [
         devices(),
         pingpongs(),
         perftest(),
         unreliable(),
         shared_receives(),
+        xrc(),
         atomics(),
         rdma_cm(),
         rsockets(),
@@ -145,7 +142,6 @@ fn shared_receives() -> Vec<Client> {
     ]
 }
 
-/// Not between hosts: docs/link.md.
 fn xrc() -> Vec<Client> {
     let mut list = vec![Client::same("ibv_xsrq_pingpong -g 0", &[Says("success")])];
     for verb in ["write", "read", "send"] {

@@ -23,8 +23,19 @@ impl Qp {
             self.lanes.link.get_or_init(|| Arc::clone(&made.lane));
             side.link = Some(Box::new(made));
         }
-        let link = side.link.as_mut().map(|link| link.attach(context, self.qpn(), self.send_bit));
+        let first = side.queue.next;
+        let link = side.link.as_mut().map(|link| link.attach(context, self.qpn(), self.send_bit, first));
         link.unwrap_or(Ok(()))
+    }
+
+    /// SQE -> RTS: the router takes requests again, behind those that were flushed.
+    pub(super) fn restart_link(&self) -> Result<()> {
+        let mut side = self.send.lock();
+        if !side.is_link() {
+            return Ok(());
+        }
+        self.take_results(&mut side);
+        self.attach_link(&mut side)
     }
 
     /// Hands over what is new, takes what is done.

@@ -38,6 +38,7 @@ impl Qp {
             }
             QpState::Err => self.to_error(from),
             QpState::Rtr if from == QpState::Init => self.connect(&next)?,
+            QpState::Rts if from == QpState::Sqe => self.restart_link()?,
             _ => {}
         }
         *attr = next;
@@ -105,7 +106,8 @@ impl Qp {
         if told.is_err() {
             self.lanes.change_state(QpState::Init, |now| now == QpState::Rtr);
         }
-        if told?.path == peer_state::LINK {
+        // XRC's target sends nothing.
+        if told?.path == peer_state::LINK && self.kind() != QpType::XrcRecv {
             self.attach_link(&mut self.send.lock())?;
         }
         Ok(())
