@@ -99,16 +99,31 @@ impl Path for Ipv6<'_> {
     }
 }
 
+/// What is between the containers of a [`Containers`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Between {
+    /// One host.
+    Nothing,
+    /// Two hosts, and their routers' plain TCP, where bytes go from file to socket and from socket into place.
+    Tcp,
+    /// The same with TLS, where they pass through the record layer.
+    Tls,
+}
+
 /// `freeflow lab`: each side in a container of its own, unprivileged, on one host, or on two.
 #[derive(Debug)]
 pub struct Containers<'t> {
     pub tree: &'t Tree,
-    pub hosts: usize,
+    pub between: Between,
 }
 
 impl Path for Containers<'_> {
     fn name(&self) -> &str {
-        if self.hosts == 1 { "direct_containers" } else { "link_hosts" }
+        match self.between {
+            Between::Nothing => "direct_containers",
+            Between::Tcp => "link_hosts",
+            Between::Tls => "link_tls",
+        }
     }
 
     fn sides(&self) -> usize {
@@ -123,8 +138,12 @@ impl Path for Containers<'_> {
         };
         let mut group = Group::new(LIMIT);
         let mut lab = Command::new(self.tree.freeflow());
-        let (server, client) = if self.hosts == 1 { ("c1", "c2") } else { ("h1c1", "h2c1") };
-        lab.args(["lab", "--hosts", &self.hosts.to_string(), "--run", &side(server, "--server 7471")]);
+        let (options, server, client): (&[&str], _, _) = match self.between {
+            Between::Nothing => (&[], "c1", "c2"),
+            Between::Tcp => (&["--hosts", "2", "--insecure-plain-tcp"], "h1c1", "h2c1"),
+            Between::Tls => (&["--hosts", "2"], "h1c1", "h2c1"),
+        };
+        lab.arg("lab").args(options).args(["--run", &side(server, "--server 7471")]);
         lab.args(["--run", &side(client, &format!("--client @{server}:7471"))]);
         group.start(&mut lab)?;
         Ok(group.finish())

@@ -9,7 +9,7 @@ use std::time::Instant;
 use clap::Parser;
 
 use crate::launch::Ended;
-use crate::path::{Containers, Host, Ipv6, Native, Path, Run, Tree};
+use crate::path::{Between, Containers, Host, Ipv6, Native, Path, Run, Tree};
 use crate::programs::{self, PROGRAMS, Variant};
 use crate::report::Report;
 
@@ -70,10 +70,12 @@ impl Args {
 }
 
 /// Names of the paths over FreeFlow, known before any of it is started.
-const FREEFLOW: [&str; 5] =
-    ["direct_self", "direct_processes", "direct_ipv6", "direct_containers", "link_hosts"];
+const FREEFLOW: [&str; 6] =
+    ["direct_self", "direct_processes", "direct_ipv6", "direct_containers", "link_hosts", "link_tls"];
 /// Where addresses matter.
 const ON_IPV6: [&str; 5] = ["device", "rc_ops", "ud", "uc", "mcast"];
+/// What runs over TLS too: enough to see every kind of message pass through it, whole and in pieces.
+const OVER_TLS: [&str; 4] = ["large", "rc_errors", "rc_ops", "ud"];
 /// What a link does not do yet.
 const NOT_ON_LINK: &str = include_str!("../verbs/not-on-link.txt");
 const NATIVE: [&str; 2] = ["native_self", "native_processes"];
@@ -108,6 +110,7 @@ fn is_there(path: &str, program: &str) -> bool {
     let left_out = |line: &str| line.split(' ').next() == Some(program);
     match path {
         "link_hosts" => !NOT_ON_LINK.lines().any(left_out),
+        "link_tls" => OVER_TLS.contains(&program),
         "direct_ipv6" => ON_IPV6.contains(&program),
         _ => true,
     }
@@ -138,9 +141,11 @@ fn run_all(args: &Args, chosen: &[(&str, &str)], tally: &mut Tally) -> Result<()
     let host = Host::start(&tree).map_err(|e| format!("a router for the tests: {e}"))?;
     let own = [Run { host: &host, processes: 1 }, Run { host: &host, processes: 2 }];
     let ipv6 = Ipv6(&host);
-    let containers = [Containers { tree: &tree, hosts: 1 }, Containers { tree: &tree, hosts: 2 }];
+    let containers = [Between::Nothing, Between::Tcp, Between::Tls];
+    let containers = containers.map(|between| Containers { tree: &tree, between });
     let failed_before = tally.failed.len();
-    run_paths(args, &dir, &[&own[0], &own[1], &ipv6, &containers[0], &containers[1]], chosen, tally);
+    let paths: [&dyn Path; 6] = [&own[0], &own[1], &ipv6, &containers[0], &containers[1], &containers[2]];
+    run_paths(args, &dir, &paths, chosen, tally);
     if tally.failed.len() > failed_before {
         println!("router's log:\n{}", host.log());
     }

@@ -43,20 +43,32 @@ pub struct Args {
 }
 
 pub fn main(args: &Args) -> Result<ExitCode> {
-    args.hosts.iter().try_for_each(|host| check_name(host))?;
-    let dir = &args.dir;
-    let (authority, ca) = authority(dir, args.ca_days)?;
-    for host in &args.hosts {
+    let Args { dir, hosts, days, ca_days } = args;
+    if issue(dir, hosts, (*days, *ca_days))? {
+        let (cert, key) = (dir.join(CA), dir.join(CA_KEY));
+        println!("{}: the new cluster's CA; keep {} secret", cert.display(), key.display());
+    }
+    for host in hosts {
+        println!("{}: copy its files to /etc/freeflow/tls on {host}", dir.join(host).display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes what the routers of `hosts` need, each in a directory of its own in `dir`; `days` for certificates and a CA. True:
+/// the CA is new, too.
+pub fn issue(dir: &Path, hosts: &[String], days: (u32, u32)) -> Result<bool> {
+    hosts.iter().try_for_each(|host| check_name(host))?;
+    let (authority, ca, new) = authority(dir, days.1)?;
+    for host in hosts {
         let Pair { cert, key } =
-            authority.host(host, args.days).context(format_args!("cannot make a certificate for {host}"))?;
+            authority.host(host, days.0).context(format_args!("cannot make a certificate for {host}"))?;
         let own = dir.join(host);
         make_dir(&own)?;
         replace(&own.join("key.pem"), &key, PRIVATE)?;
         replace(&own.join("cert.pem"), &cert, PUBLIC)?;
         replace(&own.join(CA), &ca, PUBLIC)?;
-        println!("{}: copy its files to /etc/freeflow/tls on {host}", own.display());
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(new)
 }
 
 /// Names become directories here, and DNS names in certificates.
@@ -71,21 +83,20 @@ fn check_name(host: &str) -> Result<()> {
     Err(Failure::new(format!("{host:?} is no host's name: letters, digits, '-' and '_', with dots between")))
 }
 
-/// The CA in `dir`, made if there is none, and its certificate.
-fn authority(dir: &Path, days: u32) -> Result<(Authority, String)> {
+/// The CA in `dir`, made if there is none, its certificate, and whether it is new.
+fn authority(dir: &Path, days: u32) -> Result<(Authority, String, bool)> {
     let (cert_path, key_path) = (dir.join(CA), dir.join(CA_KEY));
     match (read(&cert_path)?, read(&key_path)?) {
         (Some(cert), Some(key)) => {
             let authority = Authority::again(&key);
-            Ok((authority.context(format_args!("cannot use {}", key_path.display()))?, cert))
+            Ok((authority.context(format_args!("cannot use {}", key_path.display()))?, cert, false))
         }
         (None, None) => {
             let (authority, Pair { cert, key }) = Authority::new(days).context("cannot make a CA")?;
             make_dir(dir)?;
             replace(&key_path, &key, PRIVATE)?;
             replace(&cert_path, &cert, PUBLIC)?;
-            println!("{}: the new cluster's CA; keep {} secret", cert_path.display(), key_path.display());
-            Ok((authority, cert))
+            Ok((authority, cert, true))
         }
         (Some(_), None) => Err(half(&cert_path, &key_path)),
         (None, Some(_)) => Err(half(&key_path, &cert_path)),

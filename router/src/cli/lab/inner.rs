@@ -9,6 +9,7 @@ use std::sync::mpsc;
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
+use super::cluster;
 use super::events::{Event, Watched, watch};
 use super::host::Host;
 use super::network::{self, Namespace};
@@ -47,6 +48,9 @@ fn start_hosts(spec: &Spec, output: &output::Output, events: &mpsc::Sender<Event
     let namespaces: Vec<Namespace> = if spec.is_cluster() {
         let made = spec.hosts.iter().map(|_| Namespace::new()).collect::<Result<Vec<_>>>()?;
         network::join(&spec.hosts, &made)?;
+        if !spec.plain {
+            cluster::certify(spec)?;
+        }
         made
     } else {
         vec![Namespace::own()?]

@@ -55,6 +55,9 @@ pub struct Args {
     /// Containers per host
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(spec::MAX_CONTAINERS)))]
     containers: u8,
+    /// Links between hosts are plain TCP instead of TLS: faster, and as `insecure_plain_tcp` of a router's configuration
+    #[arg(long)]
+    insecure_plain_tcp: bool,
     /// Root file system of the containers, read-only (default: this host's /)
     #[arg(long, value_name = "DIR")]
     rootfs: Option<PathBuf>,

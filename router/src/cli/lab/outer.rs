@@ -39,7 +39,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         userns::enter()?;
     }
     sys::unshare(UnshareFlags::NEWPID).context("cannot make a PID namespace")?;
-    let spec = Spec { dir: dir.path.clone(), hosts, runs, rootfs, rootless };
+    let spec = Spec { dir: dir.path.clone(), hosts, runs, rootfs, plain: args.insecure_plain_tcp, rootless };
     let inner = start(&spec)?;
     state::write(&dir.path, inner.child.id(), &spec)?;
     supervise(inner, &signals)

@@ -19,6 +19,8 @@ pub struct Spec {
     pub hosts: Vec<HostSpec>,
     pub runs: Vec<RunSpec>,
     pub rootfs: Option<PathBuf>,
+    /// Links between hosts are plain TCP.
+    pub plain: bool,
     /// Whether the lab runs in a user namespace of its own.
     pub rootless: bool,
 }
