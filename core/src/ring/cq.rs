@@ -84,6 +84,11 @@ impl CqShared {
         }
         if let (Some(bit), true) = (bit, flags & MAPPED != 0) {
             self.mark(bit);
+            // Partner: the fences in arm(). Its owner looks for marks next, and we for the arm word. The exchange in mark() is
+            // one itself here.
+            if cfg!(any(not(target_arch = "x86_64"), loom)) {
+                fence(Ordering::SeqCst);
+            }
         }
         self.wake(solicited)
     }
