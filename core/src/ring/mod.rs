@@ -20,6 +20,8 @@ pub mod rq;
 pub mod srq;
 
 #[cfg(all(test, loom))]
+mod loom_link;
+#[cfg(all(test, loom))]
 mod loom_srq;
 #[cfg(all(test, loom))]
 mod loom_tests;
