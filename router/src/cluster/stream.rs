@@ -25,7 +25,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    pub(super) fn plain(tcp: TcpStream, peer: Arc<str>) -> Self {
+    pub(crate) fn plain(tcp: TcpStream, peer: Arc<str>) -> Self {
         Stream { tcp, tls: None, peer, buffered: 0 }
     }
 

@@ -6,6 +6,8 @@
 mod conn;
 mod endpoint;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub mod hostile;
 mod hosts;
 mod inbound;
 pub mod memory;

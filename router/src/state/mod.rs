@@ -16,7 +16,7 @@ mod qp;
 mod resume;
 mod srq;
 mod table;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod testing;
 
 use std::collections::{BTreeMap, HashMap, HashSet};

@@ -3,7 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use freeflow_core::shm::{Mapping, make_memfd};
+use freeflow_core::ring::{MR_SLOTS, MrEntry};
+use freeflow_core::shm::{Mapping, View, make_memfd};
 use freeflow_core::verbs::QpType;
 use rustix::event::EventfdFlags;
 
@@ -69,6 +70,14 @@ impl World {
     pub fn owner_of_new_client(&mut self, container: u32) -> Owner {
         let id = self.client(container);
         self.state.owner(id).expect("client")
+    }
+
+    /// A client's table of memory regions, as the client itself has it.
+    pub fn own_table(&mut self, owner: Owner) -> View<MrEntry> {
+        let (table, own) = MrTable::new().expect("table");
+        let map = Mapping::new(&own, 0, table.map.len(), true).expect("mmap");
+        self.state.clients.get_mut(&owner.client).expect("client").mr_table = Some(Arc::new(table));
+        View::new(Arc::new(map), 0, MR_SLOTS).expect("whole")
     }
 
     pub fn pd(&mut self, owner: Owner) -> u32 {

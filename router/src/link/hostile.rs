@@ -1,0 +1,273 @@
+//! Whatever another router sends: the fuzz target `link_frames`, and the same with random bytes among the tests.
+//!
+//! One queue pair is connected to one of another host, whose router sends the given bytes as messages behind an honest
+//! beginning. Nothing may panic, hang, or change what no right was given to.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Weak};
+
+use freeflow_core::ring::{
+    Extent, LinkHeader, LinkWord, MrView, Submissions, Wqe, link::slot_words, mr::slot_of,
+};
+use freeflow_core::shm::{View, make_memfd};
+use freeflow_core::sync::Ordering;
+use freeflow_core::verbs::{Access, Gid, QpState, QpType, SendOp};
+use rustix::event::{Timespec, epoll};
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use super::engine::{Engine, Token};
+use super::remote::CHANNELS;
+use super::wire::{Header, Kind, Opening, VERSION};
+use crate::cluster::Stream;
+use crate::state::testing::World;
+use crate::state::{FarRing, Owner};
+
+const HERE: [u8; 4] = [10, 0, 0, 1];
+const THERE: [u8; 4] = [10, 0, 0, 2];
+/// The other end's number, and the key of the one region that it may write to: all of the file but its first page.
+const DEST: u32 = 77;
+const KEY: u32 = 5 << 16 | 3;
+const FILE: u64 = 3 << 12;
+const PAGE: u64 = 1 << 12;
+/// Requests that wait for answers.
+const SUBMITTED: u32 = 4;
+
+/// The host under attack.
+struct Host {
+    engine: Engine,
+    file: OwnedFd,
+    qpn: u32,
+    _world: World,
+}
+
+impl Host {
+    fn new(kind: QpType) -> Self {
+        let mut world = World::new();
+        let container = world.container("a", HERE, "t");
+        let owner = world.owner_of_new_client(container);
+        let regions = world.own_table(owner);
+        let file = make_memfd("fuzz", FILE).expect("memfd");
+        let pd = world.state.alloc_pd(owner, file.try_clone().expect("dup")).expect("pd");
+        let new = crate::state::NewQp { pd, ..world.new_qp(owner, kind) };
+        let qpn = world.state.create_qp(owner, new).expect("qp");
+        world.state.connect(owner, qpn, DEST, Gid::of(THERE.into())).expect("connect");
+        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).expect("epoll"));
+        let mut engine = Engine::new(Weak::new(), epoll, 1);
+        let qp = world.state.far_qp(qpn).expect("all of it");
+        let extent = Extent { va: PAGE, len: FILE - PAGE, offset: PAGE };
+        let mut extents = [Extent::default(); 3];
+        extents[0] = extent;
+        regions[slot_of(KEY)].publish(&MrView {
+            key: KEY,
+            access: Access::all(),
+            pd,
+            iova: PAGE,
+            addr: PAGE,
+            len: FILE - PAGE,
+            extents,
+            extent_count: 1,
+            ..MrView::default()
+        });
+        let shared = &qp.shared[0];
+        shared.qpn.store(qpn, Ordering::Relaxed);
+        shared.peer_qpn.store(DEST, Ordering::Relaxed);
+        shared.access.store(Access::all().bits(), Ordering::Relaxed);
+        shared.state.store(QpState::Rts as u32, Ordering::Relaxed);
+        engine.connect(qp, "h2".into());
+        submit(&mut engine, &mut world, owner, qpn);
+        Host { engine, file, qpn, _world: world }
+    }
+
+    /// Takes what came, as the link's thread does, until there is no more.
+    fn work(&mut self) {
+        let mut events = Vec::with_capacity(16);
+        loop {
+            while self.engine.turn() {}
+            events.clear();
+            let (now, room) = (Timespec::default(), rustix::buffer::spare_capacity(&mut events));
+            epoll::wait(&*self.engine.epoll, room, Some(&now)).expect("epoll_wait");
+            if events.is_empty() {
+                return;
+            }
+            events.iter().for_each(|event| self.engine.note(Token::of(event.data), event.flags));
+        }
+    }
+}
+
+/// Has some requests wait for the other side, so that answers have something to be about.
+fn submit(engine: &mut Engine, world: &mut World, owner: Owner, qpn: u32) {
+    let (slab, stride) = (world.slab(owner), slot_words(1, 64));
+    let words = (SUBMITTED as usize * stride * size_of::<LinkWord>()) as u64;
+    assert!(words + (size_of::<LinkHeader>() as u64) < crate::state::testing::SLAB);
+    let ring = |world: &World| -> FarRing {
+        world.state.far_ring(owner, slab, 0, SUBMITTED, stride as u32).expect("in its slab")
+    };
+    let (ours, theirs) = (ring(world), ring(world));
+    let doorbell: View<_> = world.state.far_doorbell(owner, slab, 61440).expect("in its slab");
+    let (heard, _) = freeflow_core::shm::make_bell().expect("bell");
+    engine.open_doorbell(owner.client, ("t".into(), Gid::of(HERE.into())), doorbell, heard).expect("epoll");
+    assert!(engine.attach(owner.client, qpn, theirs, 0, 0));
+    let requests = Submissions::new(&ours.header[0], &ours.words, stride).expect("whole");
+    let list = [freeflow_core::verbs::Sge { addr: PAGE, length: 64, lkey: KEY }];
+    for (seq, op) in (0..).zip([SendOp::Write, SendOp::Read, SendOp::FetchAdd, SendOp::Send]) {
+        let list = [freeflow_core::verbs::Sge { length: if op.is_atomic() { 8 } else { 64 }, ..list[0] }];
+        let wqe = Wqe { op: op as u8, sges: 1, total: list[0].length, timeout: 14, ..Wqe::default() };
+        requests.write(seq, &wqe, &list);
+    }
+    requests.publish(SUBMITTED);
+    engine.take(qpn, std::time::Instant::now());
+}
+
+/// The router of the other host, which says one Hello per channel and opens to the queue pair before it goes astray.
+struct Attacker([UnixStream; CHANNELS]);
+
+impl Attacker {
+    fn new(host: &mut Host, kind: QpType) -> Self {
+        let wires: [UnixStream; CHANNELS] = std::array::from_fn(|channel| {
+            let (mut theirs, ours) = UnixStream::pair().expect("socketpair");
+            ours.set_nonblocking(true).expect("nonblocking");
+            theirs.set_nonblocking(true).expect("nonblocking");
+            host.engine.accepted(Stream::plain(TcpStream::from(OwnedFd::from(ours)), "h2".into()));
+            let hello = Header { seq: VERSION, a: 9, ..Header::new(Kind::Hello, 0, channel as u32) };
+            theirs.write_all(hello.as_bytes()).expect("room");
+            theirs
+        });
+        host.work();
+        let mut attacker = Attacker(wires);
+        let ends = Opening { from: Gid::of(THERE.into()).0, to: Gid::of(HERE.into()).0 };
+        let open = Header {
+            op: kind.counterpart() as u8,
+            len: size_of::<Opening>() as u32 + 1,
+            a: 3,
+            ..Header::new(Kind::Open, DEST, host.qpn)
+        };
+        attacker.send(&[open.as_bytes(), ends.as_bytes(), b"t"].concat());
+        host.work();
+        attacker.answer_open();
+        host.work();
+        attacker
+    }
+
+    fn send(&mut self, bytes: &[u8]) {
+        // A host that takes no more has hung up.
+        let _ = self.0[0].write_all(bytes);
+    }
+
+    /// What the host has sent.
+    fn hear(&mut self) -> Vec<u8> {
+        let mut heard = Vec::new();
+        let _ = self.0[0].read_to_end(&mut heard); // until it would block
+        heard
+    }
+
+    /// The host opens, too: its requests may go out.
+    fn answer_open(&mut self) {
+        for open in messages(&self.hear()).filter(|header| header.kind == Kind::Open as u8) {
+            let Header { seq, epoch, from, .. } = open;
+            self.send(Header { seq, epoch, ..Header::new(Kind::Opened, DEST, from) }.as_bytes());
+        }
+    }
+}
+
+/// The headers of what the host has sent.
+fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Header> {
+    std::iter::from_fn(move || {
+        let (header, rest) = Header::read_from_prefix(bytes).ok()?;
+        bytes = rest.get(header.len as usize..).unwrap_or_default();
+        Some(header)
+    })
+}
+
+/// What the bytes say, addressed so that it is not refused for its numbers alone: most of it then gets further.
+fn addressed(bytes: &[u8], qpn: u32) -> Vec<u8> {
+    let Ok((header, payload)) = Header::read_from_prefix(bytes) else { return bytes.to_vec() };
+    let to = if header.to & 7 == 0 { header.to } else { qpn };
+    let from = if header.from & 7 == 0 { header.from } else { DEST };
+    let rkey = if header.rkey & 7 == 0 { header.rkey } else { KEY };
+    let addr = if header.addr & 7 == 0 { header.addr } else { PAGE + header.addr % (FILE - PAGE) };
+    let kind = if header.kind & 0x80 == 0 { header.kind % 16 } else { header.kind };
+    // Lengths that are there, but for some.
+    let len = if header.len & 7 == 0 { header.len } else { payload.len() as u32 };
+    [Header { kind, len, to, from, rkey, addr, ..header }.as_bytes(), payload].concat()
+}
+
+/// `bytes` are messages of an attacker, each with a length of two bytes in front, behind one that chooses the type of queue pair.
+pub fn frames(bytes: &[u8]) {
+    let Some((choice, mut rest)) = bytes.split_first() else { return };
+    let kind = if choice & 1 == 0 { QpType::Rc } else { QpType::Uc };
+    let mut host = Host::new(kind);
+    let mut attacker = Attacker::new(&mut host, kind);
+    while let Some((len, more)) = rest.split_first_chunk::<2>() {
+        let len = usize::from(u16::from_le_bytes(*len) % 2048).min(more.len());
+        attacker.send(&addressed(&more[..len], host.qpn));
+        host.work();
+        drop(attacker.hear());
+        rest = &more[len..];
+    }
+    let mut first = [0; PAGE as usize];
+    rustix::io::pread(&host.file, &mut first, 0).expect("pread");
+    assert!(first.iter().all(|byte| *byte == 0), "memory that no key grants was written");
+}
+
+/// Messages of honest shape to begin with, for corpora.
+#[cfg(test)]
+fn sample(kind: Kind, header: Header, payload: &[u8]) -> Vec<u8> {
+    let header = Header { kind: kind as u8, len: payload.len() as u32, to: 1, from: 1, ..header };
+    let len = (size_of::<Header>() + payload.len()) as u16;
+    [&len.to_le_bytes(), header.as_bytes(), payload].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn write(seq: u32, payload: &[u8]) -> Vec<u8> {
+        let total = payload.len() as u32;
+        let op = SendOp::Write as u8;
+        sample(Kind::Request, Header { op, seq, total, rkey: 1, addr: 1, ..Header::default() }, payload)
+    }
+
+    #[test]
+    fn an_honest_write_is_placed() {
+        let mut host = Host::new(QpType::Rc);
+        let mut attacker = Attacker::new(&mut host, QpType::Rc);
+        let message = write(0, b"hello");
+        attacker.send(&addressed(&message[2..], host.qpn));
+        host.work();
+        let mut there = [0; 5];
+        rustix::io::pread(&host.file, &mut there, PAGE + 1).expect("pread");
+        assert_eq!(&there, b"hello");
+        let kinds: Vec<u8> = messages(&attacker.hear()).map(|header| header.kind).collect();
+        assert!(kinds.contains(&(Kind::Ack as u8)) && kinds.contains(&(Kind::Request as u8)), "{kinds:?}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        #[test]
+        fn any_bytes_leave_the_host_whole(bytes in proptest::collection::vec(any::<u8>(), 0..1500)) {
+            frames(&bytes);
+        }
+
+        #[test]
+        fn any_change_to_honest_messages_leaves_the_host_whole(
+            flips in proptest::collection::vec((0usize..1000, any::<u8>()), 0..8), kind in any::<u8>(),
+        ) {
+            let answer = |kind, seq| sample(kind, Header { seq, ..Header::default() }, &[]);
+            let mut bytes = [
+                vec![kind], write(0, b"one"), answer(Kind::Ack, 1), write(1, &[7; 300]), answer(Kind::AtomicResult, 2),
+                sample(Kind::ReadData, Header { seq: 1, ..Header::default() }, &[1; 64]), answer(Kind::RnrNak, 3),
+                answer(Kind::Nak, 3), answer(Kind::Close, 0),
+            ].concat();
+            for (at, with) in flips {
+                let at = at % bytes.len();
+                bytes[at] ^= with;
+            }
+            frames(&bytes);
+        }
+    }
+}
