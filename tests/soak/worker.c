@@ -7,6 +7,7 @@
  *     make SLOT load|far|ping|echo                         made SLOT QPN RKEY ADDR GID
  *     join SLOT QPN RKEY ADDR GID                          joined SLOT          (RTS, receives are posted)
  *     go SLOT                                              none: requests flow until the QP fails or is broken
+ *     patience TIMEOUT RETRIES                             patient              (attributes of QPs that join from now on)
  *     count                                                counts N...          (completed requests of each slot)
  *     gap                                                  gap US               (longest wait for a pong since the last)
  *     show                                                 shows SLOT:SENDS:RECEIVES:STATE...  (work requests out)
@@ -64,6 +65,7 @@ static struct ibv_comp_channel *channel;
 static union ibv_gid gid;
 static uint64_t dice;
 static bool wary;
+static int timeout = 18, retries = 7;
 static double longest;
 
 static void say(const char *fmt, ...)
@@ -188,7 +190,7 @@ static void join(int i, uint32_t qpn, uint32_t rkey, uint64_t addr, const char *
 		WRONG("bad gid %s", text);
 	OK(ibv_modify_qp(s->qp, &a, IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC |
 					    IBV_QP_MIN_RNR_TIMER));
-	a = (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTS, .timeout = 18, .retry_cnt = 7, .rnr_retry = 7, .max_rd_atomic = 1 };
+	a = (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTS, .timeout = (uint8_t)timeout, .retry_cnt = (uint8_t)retries, .rnr_retry = 7, .max_rd_atomic = 1 };
 	OK(ibv_modify_qp(s->qp, &a, IBV_QP_STATE | IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC));
 	s->peer_rkey = rkey;
 	s->peer_addr = addr;
@@ -384,6 +386,8 @@ static void obey(const char *line)
 		go(i);
 	} else if (sscanf(line, "break %d", &i) == 1) {
 		break_up(i);
+	} else if (sscanf(line, "patience %d %d", &timeout, &retries) == 2) {
+		say("patient");
 	} else if (!strcmp(line, "count")) {
 		printf("counts");
 		for (i = 0; i < SLOTS; i++)

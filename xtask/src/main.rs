@@ -61,6 +61,8 @@ enum Soak {
     Cluster,
     /// The router killed and started again at random instants under load
     Restart(safety::Restart),
+    /// The connections between two hosts cut at random instants under load, then silent
+    Wire(safety::Wire),
     /// Everything of the UCX transport, on every UCX release; FILTER selects as in test
     Ucx { filter: Option<String> },
     /// Deregistration while a copier is stopped at each of its steps
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         Command::Soak(Soak::Hostile(args)) => safety::hostile(&args),
         Command::Soak(Soak::Cluster) => safety::cluster(),
         Command::Soak(Soak::Restart(args)) => safety::restart(&args),
+        Command::Soak(Soak::Wire(args)) => safety::wire(&args),
         Command::Soak(Soak::Revoke(args)) => safety::revoke(&args),
         Command::Bench(options) => bench::run(&options),
     };

@@ -45,6 +45,17 @@ pub struct Restart {
     seed: Option<u64>,
 }
 
+/// Of `soak wire`.
+#[derive(Debug, Args)]
+pub struct Wire {
+    /// Cuts of each kind of link
+    #[arg(long, default_value_t = 300)]
+    rounds: u32,
+    /// What a failing run printed
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
 /// Of `soak revoke`.
 #[derive(Debug, Args)]
 pub struct Revoke {
@@ -59,11 +70,12 @@ pub struct Revoke {
 /// The longest soak, with room for a busy machine.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 /// What `cargo xtask test` runs.
-const SHORT: [(&str, &[&str]); 5] = [
+const SHORT: [(&str, &[&str]); 6] = [
     ("soak kill", &["kill", "--rounds", "50", "--lenient"]),
     ("soak hostile", &["hostile", "--seconds", "60"]),
     ("soak cluster", &["cluster", "--lenient"]),
     ("soak restart", &["restart", "--rounds", "12", "--lenient"]),
+    ("soak wire", &["wire", "--rounds", "20", "--lenient"]),
     ("soak revoke", &["revoke", "--samples", "10"]),
 ];
 
@@ -95,6 +107,10 @@ pub fn cluster() -> Result<ExitCode> {
 
 pub fn restart(args: &Restart) -> Result<ExitCode> {
     long(&["restart", "--rounds", &args.rounds.to_string()], args.seed)
+}
+
+pub fn wire(args: &Wire) -> Result<ExitCode> {
+    long(&["wire", "--rounds", &args.rounds.to_string()], args.seed)
 }
 
 pub fn revoke(args: &Revoke) -> Result<ExitCode> {

@@ -1,4 +1,4 @@
-//! The soaks: `soak kill`, `soak hostile`, `soak revoke`, `soak restart`. `cargo xtask soak` builds what they need and runs them.
+//! The soaks: `soak kill`, `soak hostile`, `soak revoke`, `soak restart`, `soak cluster`, `soak wire`. `cargo xtask soak` builds what they need and runs them.
 
 use std::env;
 use std::process::ExitCode;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use freeflow_tests::path::Tree;
-use freeflow_tests::soak::{cluster, hostile, kill, restart, revoke};
+use freeflow_tests::soak::{cluster, hostile, kill, restart, revoke, wire};
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -36,6 +36,11 @@ enum What {
     Cluster,
     /// The router killed and started again at random instants under load
     Restart {
+        #[arg(long, default_value_t = 300)]
+        rounds: u32,
+    },
+    /// The connections between two hosts cut at random instants under load, then silent
+    Wire {
         #[arg(long, default_value_t = 300)]
         rounds: u32,
     },
@@ -71,6 +76,7 @@ fn run(args: &Args, seed: u64) -> Result<(), String> {
         }
         What::Cluster => cluster::run(&tree, target, &cluster::Options { lenient }),
         What::Restart { rounds } => restart::run(&tree, target, &restart::Options { rounds, seed, lenient }),
+        What::Wire { rounds } => wire::run(&tree, target, &wire::Options { rounds, seed, lenient }),
         What::Revoke { samples } => revoke::run(&tree, target, &revoke::Options { samples, seed }),
     }
 }

@@ -61,7 +61,7 @@ impl Drop for Etcd {
 }
 
 /// Ports that nobody has at this moment.
-fn free_ports<const N: usize>() -> Result<[u16; N]> {
+pub(super) fn free_ports<const N: usize>() -> Result<[u16; N]> {
     let held = [(); N].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
     let mut ports = [0; N];
     for (port, held) in ports.iter_mut().zip(&held) {
@@ -178,14 +178,14 @@ impl Stage {
 }
 
 /// Connects the two and waits for bytes to flow; how long that took.
-fn meet(a: (&mut Worker, usize), b: (&mut Worker, usize)) -> Result<Duration> {
+pub(super) fn meet(a: (&mut Worker, usize), b: (&mut Worker, usize)) -> Result<Duration> {
     let start = Instant::now();
     link((a.0, a.1, "load"), (b.0, b.1, "load"))?;
     both_move_on(a, b)?;
     Ok(start.elapsed())
 }
 
-fn both_move_on(a: (&mut Worker, usize), b: (&mut Worker, usize)) -> Result<()> {
+pub(super) fn both_move_on(a: (&mut Worker, usize), b: (&mut Worker, usize)) -> Result<()> {
     a.0.moves_on(a.1)?;
     b.0.moves_on(b.1)
 }

@@ -8,6 +8,7 @@ pub mod neighbour;
 pub mod process;
 pub mod restart;
 pub mod revoke;
+pub mod wire;
 pub mod worker;
 
 use std::fs;

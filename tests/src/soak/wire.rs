@@ -1,0 +1,234 @@
+//! Two hosts whose wire is cut again and again, and falls silent at last.
+//!
+//! Between the two routers is a relay for each direction of dialing. When it cuts, every connection ends wherever it is, in the
+//! middle of messages too: what was acknowledged must not come again, what was not must come, and in order (the workers number
+//! their messages). When it holds everything back, requests must fail after their queue pairs' own timeout and retries.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Result;
+use super::cluster::{both_move_on, free_ports, meet};
+use super::dice::Dice;
+use super::worker::Worker;
+use crate::path::{Host, Tree};
+
+const HOSTS: [&str; 2] = ["h1", "h2"];
+const ADDRESSES: [&str; 2] = ["10.78.0.1", "10.78.0.2"];
+/// Attributes of the queue pairs that meet silence: 4.096 us * 2^14 * (7 + 1).
+const PATIENCE: &str = "patience 14 7";
+const OWN_TIME: Duration = Duration::from_micros(536_871);
+/// What a machine at rest may take longer, and so much sooner may the last word have come that was heard.
+const SLACK: Duration = Duration::from_millis(200);
+const SOONER: Duration = Duration::from_millis(100);
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Cuts with each kind of link.
+    pub rounds: u32,
+    pub seed: u64,
+    /// Times are reported, not judged.
+    pub lenient: bool,
+}
+
+#[derive(Debug, Default)]
+struct Open {
+    streams: Vec<TcpStream>,
+    silent: bool,
+}
+
+/// A relay between whoever connects and one address.
+#[derive(Debug, Clone, Default)]
+struct Relay(Arc<(Mutex<Open>, Condvar)>);
+
+impl Relay {
+    fn start(listener: TcpListener, to: u16) -> Self {
+        let relay = Relay::default();
+        let own = relay.clone();
+        thread::spawn(move || {
+            for from in listener.incoming().map_while(std::result::Result::ok) {
+                // Where nobody listens the caller is hung up on, as it would be without us.
+                if let Ok(onward) = TcpStream::connect((Ipv4Addr::LOCALHOST, to)) {
+                    own.join(&from, &onward);
+                }
+            }
+        });
+        relay
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn join(&self, a: &TcpStream, b: &TcpStream) {
+        for (from, to) in [(a, b), (b, a)] {
+            let (Ok(from), Ok(to), Ok(known)) = (from.try_clone(), to.try_clone(), from.try_clone()) else {
+                return;
+            };
+            self.lock().streams.push(known);
+            let relay = self.clone();
+            thread::spawn(move || relay.pump(from, to));
+        }
+    }
+
+    fn pump(&self, mut from: TcpStream, mut to: TcpStream) {
+        let mut bytes = vec![0; 64 << 10];
+        while let Ok(n @ 1..) = from.read(&mut bytes) {
+            let mut open = self.lock();
+            while open.silent {
+                open = self.0.1.wait(open).unwrap_or_else(PoisonError::into_inner);
+            }
+            drop(open);
+            if to.write_all(&bytes[..n]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Both); // cut already
+    }
+
+    /// Ends every connection.
+    fn cut(&self) {
+        for stream in self.lock().streams.drain(..) {
+            let _ = stream.shutdown(Shutdown::Both); // ended by itself
+        }
+    }
+
+    fn be_silent(&self, silent: bool) {
+        self.lock().silent = silent;
+        self.0.1.notify_all();
+    }
+}
+
+struct Stage {
+    dir: PathBuf,
+    hosts: Vec<Host>,
+    relays: Vec<Relay>,
+    program: PathBuf,
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        self.hosts.clear();
+        let _ = fs::remove_dir_all(&self.dir); // it is among temporary files
+    }
+}
+
+pub fn run(tree: &Tree, target: &Path, options: &Options) -> Result<()> {
+    println!("soak wire: {} cuts each, --seed {}", options.rounds, options.seed);
+    for secure in [false, true] {
+        let stage = Stage::set(tree, target, secure)?;
+        let logs = || stage.hosts.iter().map(|host| format!("--\n{}", host.log())).collect::<String>();
+        stage.story(options, secure).map_err(|why| format!("{why}\nrouters' logs:\n{}", logs()))?;
+    }
+    Ok(())
+}
+
+impl Stage {
+    fn set(tree: &Tree, target: &Path, secure: bool) -> Result<Self> {
+        let dir = std::env::temp_dir().join(format!("freeflow-wire-{}-{secure}", std::process::id()));
+        fs::create_dir_all(&dir).map_err(|e| e.to_string())?;
+        let program = super::compile(target, "worker").map_err(|e| e.to_string())?;
+        let mut stage = Stage { dir, hosts: vec![], relays: vec![], program };
+        if secure {
+            stage.certify(tree)?;
+        }
+        let ports = free_ports::<2>()?;
+        let mut ways = vec![];
+        for port in ports {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(|e| e.to_string())?;
+            ways.push(listener.local_addr().map_err(|e| e.to_string())?.port());
+            stage.relays.push(Relay::start(listener, port));
+        }
+        // Each reaches the other through that one's relay.
+        stage.write_directory(&ways)?;
+        for (number, port) in ports.into_iter().enumerate() {
+            let config = stage.config(number, port, secure);
+            stage.hosts.push(Host::configured(tree, &config).map_err(|e| e.to_string())?);
+        }
+        Ok(stage)
+    }
+
+    fn certify(&self, tree: &Tree) -> Result<()> {
+        let mut certs = Command::new(tree.freeflow());
+        certs.arg("certs").arg(self.dir.join("ca")).arg("--host").args(HOSTS).stdout(Stdio::null());
+        let made = certs.status().is_ok_and(|status| status.success());
+        if made { Ok(()) } else { Err("freeflow certs failed".into()) }
+    }
+
+    fn write_directory(&self, ways: &[u16]) -> Result<()> {
+        let entries = HOSTS.iter().zip(ways).zip(ADDRESSES).map(|((name, port), ip)| {
+            format!("[hosts.{name}]\naddress = \"127.0.0.1:{port}\"\ncontainers = [\"default/{ip}\"]\n")
+        });
+        fs::write(self.dir.join("directory.toml"), entries.collect::<String>()).map_err(|e| e.to_string())
+    }
+
+    fn config(&self, number: usize, port: u16, secure: bool) -> String {
+        let name = HOSTS[number];
+        let tls = self.dir.join("ca").join(name);
+        let tls = tls.display();
+        let security = if secure {
+            format!("tls_ca = \"{tls}/ca.pem\"\ntls_cert = \"{tls}/cert.pem\"\ntls_key = \"{tls}/key.pem\"\n")
+        } else {
+            "insecure_plain_tcp = true\n".to_owned()
+        };
+        format!(
+            "host = \"{name}\"\ncluster_listen = \"127.0.0.1:{port}\"\ndirectory = \"file:{}\"\n{security}\
+             vip_pool = \"100.126.{number}.0/24\"\nmetrics = \"127.0.0.1:0\"\n",
+            self.dir.join("directory.toml").display()
+        )
+    }
+
+    fn worker(&self, host: usize, wait: &str) -> Result<Worker> {
+        Worker::at(&self.hosts[host], (HOSTS[host], ADDRESSES[host]), &self.program, &["1", wait])
+    }
+
+    fn story(&self, options: &Options, secure: bool) -> Result<()> {
+        let mut dice = Dice::new(options.seed);
+        let (mut a, mut b) = (self.worker(0, "sleep")?, self.worker(1, "sleep")?);
+        for slot in 0..2 {
+            meet((&mut a, slot), (&mut b, slot))?;
+        }
+        let mut slowest = Duration::ZERO;
+        for _ in 0..options.rounds {
+            thread::sleep(Duration::from_micros(dice.word() % 100_000));
+            let start = Instant::now();
+            self.relays.iter().for_each(Relay::cut);
+            (0..2).try_for_each(|slot| both_move_on((&mut a, slot), (&mut b, slot)))?;
+            slowest = slowest.max(start.elapsed());
+        }
+        let link = if secure { "TLS" } else { "plain TCP" };
+        println!("  {link}: {} cuts, all goes on {slowest:?} after them at most", options.rounds);
+        self.silence(&mut a, &mut b, options)?;
+        a.quit()?;
+        b.quit()
+    }
+
+    /// Queue pairs with a patience of half a second meet silence.
+    fn silence(&self, a: &mut Worker, b: &mut Worker, options: &Options) -> Result<()> {
+        a.ask(PATIENCE, "patient")?;
+        b.ask(PATIENCE, "patient")?;
+        meet((a, 2), (b, 2))?;
+        let start = Instant::now();
+        self.relays.iter().for_each(|relay| relay.be_silent(true));
+        let failed = a.hear("failed 2")?;
+        let took = failed.at.duration_since(start);
+        if failed.text != "failed 2 transport retry counter exceeded" {
+            return Err(format!("silence: {}", failed.text));
+        }
+        println!("  the wire falls silent: RETRY_EXC_ERR after {took:?}, its own time is {OWN_TIME:?}");
+        if took + SOONER < OWN_TIME || (!options.lenient && took > OWN_TIME + SLACK) {
+            return Err(format!("a request failed after {took:?}, its own time is {OWN_TIME:?}"));
+        }
+        b.hear("failed 2")?;
+        self.relays.iter().for_each(|relay| relay.be_silent(false));
+        // Those with more patience go on, and new ones come.
+        (0..2).try_for_each(|slot| both_move_on((a, slot), (b, slot)))?;
+        meet((a, 3), (b, 3)).map(drop)
+    }
+}
