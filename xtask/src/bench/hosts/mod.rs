@@ -3,41 +3,34 @@
 //!
 //! Programs are not pinned: two of them and two routers share the processors, and who runs when is part of what is measured.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, Instant};
+mod stage;
+
+use std::path::Path;
 
 use super::cases::{Bar, Bound, Figure};
 use super::figures::{Lookup, Results, Round};
-use crate::failure::{Context as _, Failure, Result};
+use super::probes;
+use crate::failure::{Failure, Result};
 use crate::perftest;
-use crate::process::{self, Echo, Running};
+use stage::{Over, Stage};
 
-const LIMIT: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
-const ADDRESSES: [&str; 2] = ["192.168.78.1", "192.168.78.2"];
-const PORT: u16 = 4790;
+const KIB: u64 = 1 << 10;
 
 const OURS: &str = "freeflow";
 const EVENTS: &str = "freeflow, events";
 const TLS: &str = "freeflow, TLS";
+const CROWDED: &str = "among 10,000";
 const IPERF: &str = "iperf3";
 const QPERF: &str = "qperf tcp";
 const UCX: &str = "ucx tcp";
 const OFI: &str = "libfabric tcp";
 
-/// Which routers a pair of programs uses; none for those that use the kernel's TCP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Over {
-    Kernel,
-    Plain,
-    Tls,
-}
-
 /// How a figure is read from what the client printed.
 type Parse = fn(&str, u64) -> Option<f64>;
 
-/// One figure: server and client, the address is appended to the client's words.
+/// One figure: server and client; `@` in the client's words is the server's address, which is appended where there is none,
+/// and a word that begins with `probe:` a program of benches/probes.
 struct Measure {
     figure: Figure,
     over: Over,
@@ -60,6 +53,22 @@ fn perftest_average(text: &str, size: u64) -> Option<f64> {
 
 fn perftest_typical(text: &str, size: u64) -> Option<f64> {
     perftest::row(&perftest::rows(text), size).map(|row| row[4])
+}
+
+/// The probe's first two words: GB/s, and Jain's fairness.
+fn fair_rate(text: &str, _: u64) -> Option<f64> {
+    text.split_whitespace().next()?.parse().ok()
+}
+
+fn fairness(text: &str, _: u64) -> Option<f64> {
+    text.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Connections per second, of a cmtime that made `count`: its first column of numbers is the milliseconds of each step.
+fn connections(text: &str, count: u64) -> Option<f64> {
+    let step = |line: &str| line.split_once(':')?.1.split_whitespace().next()?.parse::<f64>().ok();
+    let steps: Vec<f64> = text.lines().filter_map(step).collect();
+    (steps.len() >= 8).then(|| count as f64 * 1e3 / steps.iter().sum::<f64>())
 }
 
 fn ucx_typical(text: &str, _: u64) -> Option<f64> {
@@ -100,11 +109,12 @@ fn measures() -> Vec<Measure> {
         |figure, server, client, parse| Measure { figure, over: Over::Kernel, server, client, parse };
     let events =
         |figure, client| Measure { figure, over: Over::Plain, server: "qperf", client, parse: qperf };
+    let many = |figure, (server, client), parse| Measure { figure, over: Over::Plain, server, client, parse };
+    const ONE: (&str, &str) = ("probe:fair 7000 1 65536", "probe:fair 7000 1 65536 2");
+    const MANY: (&str, &str) = ("probe:fair 7000 1024 65536", "probe:fair 7000 1024 65536 2");
     const WRITE_BW: &str = "ib_write_bw -F --report_gbits -s 1048576 -n 4000";
     const READ_BW: &str = "ib_read_bw -F --report_gbits -s 1048576 -n 4000";
     const WRITE_LAT: &str = "ib_write_lat -F -s 8 -n 20000";
-    const MANY: &str = "ib_write_bw -F --report_gbits -s 65536 -n 40 -t 8 -q 1024";
-    const ONE: &str = "ib_write_bw -F --report_gbits -s 65536 -n 40000";
     vec![
         kernel(bandwidth("stream", IPERF, MIB), "iperf3 -s -1", "iperf3 -t 2 -f g -l 1M -c", iperf),
         ours(bandwidth("write_bw", OURS, MIB), Over::Plain, WRITE_BW, perftest_average),
@@ -128,8 +138,22 @@ fn measures() -> Vec<Measure> {
         ),
         kernel(latency("tcp_lat", QPERF, 8), "qperf", "qperf -t 2 -m 8 @ tcp_lat", qperf),
         events(latency("send_lat", EVENTS, 8), "qperf -t 2 -m 8 @ rc_lat"),
-        ours(bandwidth("many_qps", "1 qp", 65536), Over::Plain, ONE, perftest_average),
-        ours(bandwidth("many_qps", "1024 qps", 65536), Over::Plain, MANY, perftest_average),
+        ours(latency("directory", OURS, 8), Over::Plain, WRITE_LAT, perftest_typical),
+        ours(latency("directory", CROWDED, 8), Over::Crowded, WRITE_LAT, perftest_typical),
+        many(bandwidth("many_qps", "1 qp", 64 * KIB), ONE, fair_rate),
+        many(bandwidth("many_qps", "1024 qps", 64 * KIB), MANY, fair_rate),
+        many(
+            Figure { metric: "Jain's fairness", unit: "", ..bandwidth("fairness", "1024 qps", 64 * KIB) },
+            MANY,
+            fairness,
+        ),
+        Measure {
+            figure: Figure { case: "connect", side: TLS, size: 1000, metric: "rate", unit: "1/s" },
+            over: Over::Tls,
+            server: "cmtime -c 1000",
+            client: "cmtime -c 1000 -s",
+            parse: connections,
+        },
     ]
 }
 
@@ -167,18 +191,25 @@ fn bars() -> Vec<Bar> {
         bar("many_qps", "1,024 QPs / one, 64 KiB", least(0.9), |f| {
             Some(f.get("many_qps", "1024 qps", 65536)? / f.get("many_qps", "1 qp", 65536)?)
         }),
+        bar("fairness", "Jain's fairness of 1,024 QPs", least(0.97), |f| {
+            f.get("fairness", "1024 qps", 65536)
+        }),
+        bar("connect", "rdma_cm connections per second, TLS", least(1000.0), |f| f.get("connect", TLS, 1000)),
+        bar("directory", "ib_write_lat 8 B, 10,000 containers / two", Bound::AtMost(1.1), |f| {
+            Some(f.get("directory", CROWDED, 8)? / f.get("directory", OURS, 8)?)
+        }),
     ]
 }
 
 /// Measures the cases that `only` selects, `rounds` times each, interleaved.
 pub fn run(tree: &Path, only: &str, rounds: usize) -> Result<Results> {
     let measures: Vec<Measure> = measures().into_iter().filter(|m| m.figure.case.contains(only)).collect();
-    let stage = Stage::new(tree)?;
+    let stage = Stage::new(tree, probes::build()?)?;
     let mut kept: Vec<Round> = Vec::new();
     for turn in 1..=rounds {
         let mut round = Round::new();
         for measure in &measures {
-            let value = stage.figure(measure).map_err(|failure| {
+            let value = figure(&stage, measure).map_err(|failure| {
                 Failure::new(format!("{} of {}: {failure}", measure.figure.case, measure.figure.side))
             })?;
             let Figure { case, side, size, unit, .. } = measure.figure;
@@ -196,172 +227,11 @@ pub fn run(tree: &Path, only: &str, rounds: usize) -> Result<Results> {
     Ok(results)
 }
 
-/// The two hosts.
-struct Stage {
-    freeflow: PathBuf,
-    dir: PathBuf,
-    names: [String; 2],
-    _routers: Vec<Running>,
-}
-
-impl Stage {
-    fn new(tree: &Path) -> Result<Self> {
-        let pid = std::process::id();
-        let dir = std::env::temp_dir().join(format!("ff-hosts-{pid}"));
-        std::fs::create_dir_all(&dir).context(format_args!("cannot make {}", dir.display()))?;
-        let names = [format!("ff{pid}a"), format!("ff{pid}b")];
-        let mut stage = Self { freeflow: tree.join("bin/freeflow"), dir, names, _routers: Vec::new() };
-        stage.join()?;
-        stage.certify()?;
-        for over in [Over::Plain, Over::Tls] {
-            for host in 0..2 {
-                let router = stage.router(over, host)?;
-                stage._routers.push(router);
-            }
-        }
-        Ok(stage)
-    }
-
-    /// Two namespaces and what joins them.
-    fn join(&self) -> Result<()> {
-        let [a, b] = &self.names;
-        ip(&["netns", "add", a])?;
-        ip(&["netns", "add", b])?;
-        ip(&["-n", a, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", b])?;
-        for (name, address) in self.names.iter().zip(ADDRESSES) {
-            ip(&["-n", name, "addr", "add", &format!("{address}/24"), "dev", "wire"])?;
-            ip(&["-n", name, "link", "set", "wire", "up"])?;
-            ip(&["-n", name, "link", "set", "lo", "up"])?;
-        }
-        Ok(())
-    }
-
-    fn certify(&self) -> Result<()> {
-        let mut certs = Command::new(&self.freeflow);
-        certs.arg("certs").arg(self.dir.join("tls")).args(["--host", "h1", "--host", "h2"]);
-        succeed(&mut certs).map(drop)
-    }
-
-    fn host_dir(&self, over: Over, host: usize) -> PathBuf {
-        self.dir.join(format!("{over:?}{host}"))
-    }
-
-    fn router(&self, over: Over, host: usize) -> Result<Running> {
-        let dir = self.host_dir(over, host);
-        std::fs::create_dir_all(&dir).context(format_args!("cannot make {}", dir.display()))?;
-        let port = PORT + u16::from(over == Over::Tls);
-        let directory: String = (0..2)
-            .map(|i| {
-                let (number, at) = (i + 1, ADDRESSES[i]);
-                format!("[hosts.h{number}]\naddress = \"{at}:{port}\"\ncontainers = [\"default/{at}\"]\n")
-            })
-            .collect();
-        let tls = self.dir.join("tls").join(format!("h{}", host + 1));
-        let security = match over {
-            Over::Tls => format!(
-                "tls_ca = \"{0}/ca.pem\"\ntls_cert = \"{0}/cert.pem\"\ntls_key = \"{0}/key.pem\"\n",
-                tls.display()
-            ),
-            _ => "insecure_plain_tcp = true\n".to_owned(),
-        };
-        let config = format!(
-            "host = \"h{}\"\ncluster_listen = \"{}:{port}\"\ndirectory = \"file:{}\"\nmetrics = \"127.0.0.1:0\"\n{security}",
-            host + 1,
-            ADDRESSES[host],
-            dir.join("directory.toml").display()
-        );
-        for (name, text) in [("directory.toml", directory), ("router.toml", config)] {
-            std::fs::write(dir.join(name), text).context(format_args!("cannot write {name}"))?;
-        }
-        let socket = dir.join("router.sock");
-        let mut command = self.inside(host);
-        command.arg(&self.freeflow).arg("router").arg("--socket").arg(&socket);
-        command.arg("--config").arg(dir.join("router.toml")).env("FREEFLOW_LOG", "warn");
-        let mut router = Running::start(&mut command, Echo::Quiet)?;
-        until("a router's socket", || socket.exists() || router.has_ended())?;
-        Ok(router)
-    }
-
-    fn inside(&self, host: usize) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.names[host]]);
-        command
-    }
-
-    /// A program on a host.
-    fn program(&self, over: Over, host: usize, words: &[&str]) -> Command {
-        let mut command = self.inside(host);
-        if over != Over::Kernel {
-            command.env("FREEFLOW_SOCKET", self.host_dir(over, host).join("router.sock"));
-            command.arg(&self.freeflow).args(["run", "--"]);
-        }
-        command.args(words);
-        command
-    }
-
-    fn figure(&self, measure: &Measure) -> Result<f64> {
-        let server: Vec<&str> = measure.server.split(' ').collect();
-        let mut client: Vec<&str> = measure.client.split(' ').collect();
-        match client.iter_mut().find(|word| **word == "@") {
-            Some(word) => *word = ADDRESSES[0],
-            None => client.push(ADDRESSES[0]),
-        }
-        let before = self.listeners(0)?;
-        let mut serving = Running::start(&mut self.program(measure.over, 0, &server), Echo::Quiet)?;
-        until("a server's port", || self.listeners(0).is_ok_and(|now| now > before) || serving.has_ended())?;
-        let done = process::run(&mut self.program(measure.over, 1, &client), LIMIT, Echo::Quiet)?;
-        if server[0] == "qperf" {
-            serving.terminate();
-        }
-        let served = serving.finish(LIMIT)?;
-        if !done.success() {
-            return Err(Failure::new(format!("{}: {}\n{}", done.how(), done.tail(), served.tail())));
-        }
-        (measure.parse)(&done.stdout, measure.figure.size)
-            .ok_or_else(|| Failure::new(format!("no figure in what {} printed:\n{}", client[0], done.stdout)))
-    }
-
-    /// How many TCP ports are listened on there.
-    fn listeners(&self, host: usize) -> Result<usize> {
-        let done = succeed(self.inside(host).args(["cat", "/proc/net/tcp", "/proc/net/tcp6"]))?;
-        Ok(done.lines().filter(|line| line.split_whitespace().nth(3) == Some("0A")).count())
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        self._routers.clear();
-        for name in &self.names {
-            // Its interfaces go with it.
-            ip(&["netns", "del", name]).ok();
-        }
-        std::fs::remove_dir_all(&self.dir).ok();
-    }
-}
-
-fn ip(words: &[&str]) -> Result<()> {
-    succeed(Command::new("ip").args(words)).map(drop)
-}
-
-fn succeed(command: &mut Command) -> Result<String> {
-    let done = process::run(command, LIMIT, Echo::Quiet)?;
-    if done.success() {
-        Ok(done.stdout)
-    } else {
-        Err(Failure::new(format!("{command:?}: {}: {}", done.how(), done.tail())))
-    }
-}
-
-/// Waits for something the kernel has no event for.
-fn until(what: &str, mut happened: impl FnMut() -> bool) -> Result<()> {
-    let start = Instant::now();
-    while !happened() {
-        if start.elapsed() > LIMIT {
-            return Err(Failure::new(format!("waited in vain for {what}")));
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
+fn figure(stage: &Stage, measure: &Measure) -> Result<f64> {
+    let words = |text: &'static str| -> Vec<&str> { text.split(' ').collect() };
+    let printed = stage.run(measure.over, &words(measure.server), &words(measure.client))?;
+    let value = (measure.parse)(&printed, measure.figure.size);
+    value.ok_or_else(|| Failure::new(format!("no figure in what {} printed:\n{printed}", measure.client)))
 }
 
 #[cfg(test)]
@@ -376,6 +246,11 @@ mod tests {
         let text = "bytes   #sent   #ack     total       time     MB/sec    usec/xfer   Mxfers/sec\n\
                     8       20k     =20k     312k        0.40s      0.80      10.10       0.10\n";
         assert_eq!(fabric(text, 0), Some(10.1));
+        let text = "step              total ms     max ms     min us  us / conn\n\
+                    create id    :       1.00       1.00       1.00       1.00\nbind addr    : 1.0\nresolve addr : 1.0\n\
+                    resolve route: 1.0\ncreate qp    : 1.0\nconnect      : 395\ndisconnect   : 50\ndestroy      : 50\n";
+        assert_eq!(connections(text, 1000), Some(2000.0));
+        assert_eq!((fair_rate("1.5 0.99 3 4\n", 0), fairness("1.5 0.99 3 4\n", 0)), (Some(1.5), Some(0.99)));
         assert_eq!(qperf("tcp_lat:\n    latency  =  9.5 us\n", 0), Some(9.5));
     }
 }
