@@ -1,6 +1,7 @@
 //! The vocabulary of verbs: numbers as in <infiniband/verbs.h>, so that the doors need no tables of their own.
 
 mod attr;
+pub mod device;
 mod states;
 
 pub use attr::{AhAttr, QpAttr, QpAttrMask, QpCaps};

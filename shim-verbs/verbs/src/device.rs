@@ -6,16 +6,13 @@ use crate::object::Object;
 use crate::{context, query};
 use freeflow_core::client;
 use freeflow_core::verbs::Gid;
+use freeflow_core::verbs::device::{NAME, NODE};
 use freeflow_verbs_abi::*;
 use std::ffi::{c_char, c_int};
 use std::mem::{size_of, zeroed};
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-
-const NAME: &str = "ff0";
-/// Of the character device some programs look for under /dev/infiniband.
-const DEV_NAME: &str = "uverbs-ff0";
 
 /// A device as clients see it: provider libraries read a private tail behind it and must find zeroes.
 #[repr(C)]
@@ -47,8 +44,8 @@ fn create(gid: Gid) -> *mut ibv_device {
     device.node_type = IBV_NODE_CA;
     device.transport_type = IBV_TRANSPORT_IB;
     put(NAME, &mut device.name);
-    put(DEV_NAME, &mut device.dev_name);
-    put(&format!("/sys/class/infiniband_verbs/{DEV_NAME}"), &mut device.dev_path);
+    put(NODE, &mut device.dev_name);
+    put(&format!("/sys/class/infiniband_verbs/{NODE}"), &mut device.dev_path);
     put(&format!("/sys/class/infiniband/{NAME}"), &mut device.ibdev_path);
     Device::alloc(padded, Rust { gid, references: AtomicU32::new(1) }).cast()
 }

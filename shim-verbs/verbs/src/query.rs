@@ -5,19 +5,12 @@ use crate::cq_ex;
 use crate::dm;
 use crate::guard::{self, EINVAL, EOPNOTSUPP, Errno, Result};
 use freeflow_core::client;
+use freeflow_core::verbs::device::{FIRMWARE, PKEY, PORT, SPEED, VENDOR_ID, VENDOR_PART_ID, WIDTH};
 use freeflow_core::verbs::{Gid, limits};
 use freeflow_verbs_abi::*;
 use std::ffi::{c_char, c_int};
 use std::mem::{size_of, zeroed};
 use std::net::IpAddr;
-
-/// Not an IEEE-assigned number, and none that programs have workarounds for.
-const VENDOR_ID: u32 = 0x00_4646;
-const VENDOR_PART_ID: u32 = 1;
-const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
-/// The default partition, full membership.
-const PKEY: u16 = 0xffff;
-const PORT: u8 = 1;
 
 /// The GUID programs see, in network byte order.
 pub fn guid(gid: Gid) -> __be64 {
@@ -186,9 +179,9 @@ fn port_attr(core: &client::Context, port: u32) -> Result<ibv_port_attr> {
         // Beyond RoCE: so that programs with no notion of GIDs work too. Those that know the flag below use the GID.
         lid: core.gid().lid(),
         max_vl_num: 1,
-        active_width: 2,  // 4X
-        active_speed: 64, // HDR: 4 x 50 Gbit/s, the order of what shared memory does
-        phys_state: 5,    // LinkUp
+        active_width: WIDTH,
+        active_speed: SPEED,
+        phys_state: 5, // LinkUp
         link_layer: IBV_LINK_LAYER_ETHERNET as u8,
         flags: IB_UVERBS_QPF_GRH_REQUIRED as u8,
         ..none
