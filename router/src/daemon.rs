@@ -183,7 +183,7 @@ fn lock(dir: &Path, socket: &Path) -> Result<DirLock, Error> {
     let fd = fd.map_err(failed())?;
     match flock(&fd, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(DirLock(fd)),
-        Err(Errno::WOULDBLOCK) => Err(ListenError::Running(socket.to_owned()).into()),
+        Err(Errno::WOULDBLOCK) => Err(ListenError::Taken(socket.to_owned()).into()),
         Err(errno) => Err(failed()(errno)),
     }
 }

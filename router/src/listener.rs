@@ -29,6 +29,8 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum ListenError {
     #[error("a router answers on {} already", .0.display())]
     Running(PathBuf),
+    #[error("cannot serve {}: another router serves in that directory, which has room for one", .0.display())]
+    Taken(PathBuf),
     #[error("{} is in the way: it is not a socket", .0.display())]
     InTheWay(PathBuf),
     #[error("cannot listen on {}: {what}: {errno}", path.display())]

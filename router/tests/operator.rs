@@ -119,7 +119,7 @@ fn ls_shows_ports_that_rdma_cm_listens_on() {
 fn one_router_per_directory_and_a_clean_restart() {
     let mut rig = Rig::new();
     let second = Daemon::start(&rig.socket(), Settings::default());
-    assert!(second.expect_err("taken").to_string().contains("already"));
+    assert!(second.expect_err("taken").to_string().contains("another router"));
     let client = rig.client();
     let boot = client.hello.boot;
     rig.daemon.take();

@@ -73,7 +73,7 @@ pub fn detach(socket: &Path, config: Option<&Path>) -> Result<ExitCode> {
     paths::make_dir(dir, 0o755)?;
     let lock = open(&dir.join("router.lock"))?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive).context("cannot lock router.lock")?;
-    if paths::answers(socket) {
+    if paths::answers(socket)? {
         if let Some(config) = config {
             let (socket, config) = (socket.display(), config.display());
             eprintln!("freeflow: warning: a router answers at {socket} already; it does not read {config}");

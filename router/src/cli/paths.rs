@@ -7,7 +7,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use freeflow_core::ctl;
-use freeflow_router::admin;
+use freeflow_router::{admin, daemon};
 use rustix::fs::Access;
 
 use super::failure::{Context as _, Failure, Result};
@@ -89,9 +89,22 @@ pub fn is_inside_a_container(socket: &Path) -> bool {
     !admin::admin_socket(socket).exists() && ctl::Socket::connect(socket).is_ok()
 }
 
-/// Whether a router answers at `socket`.
-pub fn answers(socket: &Path) -> bool {
-    admin::Client::connect(socket).and_then(|mut client| client.ping()).is_ok()
+/// Whether a router answers at `socket`, an absolute path. It is an error if the one in that directory has another socket:
+/// two would share admin.sock.
+pub fn answers(socket: &Path) -> Result<bool> {
+    let Ok(containers) = admin::Client::connect(socket).and_then(|mut client| client.ls()) else {
+        return Ok(false);
+    };
+    let own = containers.iter().find(|container| container.name == daemon::DEFAULT_CONTAINER);
+    match own.filter(|own| own.socket.file_name() != socket.file_name()) {
+        None => Ok(true),
+        Some(own) => Err(Failure::new(format!(
+            "there is no router at {}: the one in that directory serves {}, and a directory has room for one. Name that \
+             socket, or one in a directory of its own",
+            socket.display(),
+            own.socket.display()
+        ))),
+    }
 }
 
 /// The running binary and the libraries beside it, as `cargo xtask dist` or a package lays them out.

@@ -60,7 +60,7 @@ fn prepare(args: &Args) -> Result<Doors> {
     let dist = Dist::find()?;
     let router = paths::absolute(&paths::router_socket(args.router.as_deref())?)?;
     let inside = paths::is_inside_a_container(&router);
-    if !inside && !paths::answers(&router) {
+    if !inside && !paths::answers(&router)? {
         start(&router)?;
     }
     let socket = match &args.name {
