@@ -8,8 +8,9 @@ use clap::Parser;
 use freeflow_router::admin::{self, Container};
 use serde_json::{Value, json};
 
-use super::container::{INSIDE, environment, inside_doors};
+use super::container::{INSIDE, environment, hook, inside_doors};
 use super::failure::{Context as _, Result};
+use super::nic;
 use super::paths::{self, Dist};
 
 /// Name of a device: `freeflow.io/nic=NAME`.
@@ -44,7 +45,12 @@ fn device(dist: &Dist, container: &Container) -> Option<Value> {
     let doors = inside_doors(dist, &container.name, |_| None);
     let options = ["bind", "ro", "nosuid", "nodev"];
     let mount = json!({ "hostPath": dir, "containerPath": INSIDE, "options": options });
-    let edits = json!({ "env": environment(&doors), "mounts": [mount] });
+    let node = json!({ "path": nic::node(), "hostPath": nic::NODE_SOURCE });
+    let mut edits = json!({ "env": environment(&doors), "mounts": [mount], "deviceNodes": [node] });
+    if let Some(mut hook) = hook(dist, dir, container.vip) {
+        hook["hookName"] = "createContainer".into();
+        edits["hooks"] = json!([hook]);
+    }
     Some(json!({ "name": container.name, "containerEdits": edits }))
 }
 

@@ -5,7 +5,7 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::doors::Doors;
 use super::failure::{Context as _, Failure, Result};
+use super::nic;
 use super::paths::{self, Dist};
 
 /// Where a container sees its directory.
@@ -38,7 +39,8 @@ Examples:
   docker run $(freeflow container add web --flags) IMAGE CMD
   podman run $(freeflow container add web --flags) IMAGE CMD
   ff=$(freeflow container add web --oci) && jq --argjson ff \"$ff\" \\
-    '.mounts += $ff.mounts | .process.env += $ff.process.env' config.json >new.json")]
+    '.mounts += $ff.mounts | .process.env += $ff.process.env
+     | .hooks.createContainer += $ff.hooks.createContainer' config.json >new.json")]
 pub struct AddArgs {
     name: String,
     /// The container's virtual address (default: one from the router's pool)
@@ -116,14 +118,16 @@ fn add(args: AddArgs) -> Result<ExitCode> {
     if args.flags {
         println!("{}", flags(&dir, &doors).join(" "));
     } else if args.oci {
-        println!("{}", oci(&dir, &doors));
+        println!("{}", oci(&dir, &doors, hook(&dist, &dir, container.vip)));
     } else {
         println!("{}: {} (tenant {}), {}", container.name, container.vip, container.tenant, dir.display());
         println!("Flags for docker run and podman run (--flags prints nothing else):");
         for flag in flags(&dir, &doors) {
             println!("  {flag}");
         }
-        println!("For runc and other OCI bundles, --oci prints the mount and the variables for config.json.");
+        println!(
+            "For runc and other OCI bundles, --oci prints the mounts, the variables and a hook for config.json."
+        );
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -157,15 +161,47 @@ fn check_dir(dir: &Path) -> Result<()> {
 
 fn flags(dir: &Path, doors: &Doors) -> Vec<String> {
     let mut flags = vec![format!("--mount type=bind,src={},dst={INSIDE},readonly", dir.display())];
+    flags.push(format!("--device {}:{}", nic::NODE_SOURCE, nic::node()));
     flags.extend(environment(doors).into_iter().map(|variable| format!("-e {variable}")));
     flags
 }
 
-/// The same for config.json of an OCI bundle.
-fn oci(dir: &Path, doors: &Doors) -> Value {
+/// The same for config.json of an OCI bundle, with the hook that shows what docker run has no flag for.
+fn oci(dir: &Path, doors: &Doors, hook: Option<Value>) -> Value {
     let options = ["bind", "ro", "nosuid", "nodev"];
     let mount = json!({ "destination": INSIDE, "type": "bind", "source": dir, "options": options });
-    json!({ "mounts": [mount], "process": { "env": environment(doors) } })
+    let hooks: Vec<Value> = hook.into_iter().collect();
+    json!({
+        "mounts": [mount, node_mount()],
+        "process": { "env": environment(doors) },
+        "hooks": { "createContainer": hooks },
+    })
+}
+
+/// The device's node, as a mount: a runtime in a user namespace can make no nodes.
+pub fn node_mount() -> Value {
+    let options = ["bind", "nosuid", "noexec"];
+    json!({ "destination": nic::node(), "type": "bind", "source": nic::NODE_SOURCE, "options": options })
+}
+
+/// The hook that shows a container the device under /sys/class. It runs as the container's root, which may be any user
+/// of the host: none where such a user reaches neither the container's own binary nor this one.
+pub fn hook(dist: &Dist, dir: &Path, vip: IpAddr) -> Option<Value> {
+    let own = dir.join("bin/freeflow");
+    let this = is_seen_by_runtimes().then(|| dist.binary.clone());
+    let binary = [Some(own), this].into_iter().flatten().find(|binary| is_for_all(binary))?;
+    Some(nic::oci_hook(&binary, vip, None))
+}
+
+fn is_for_all(path: &Path) -> bool {
+    path.ancestors().all(|at| fs::metadata(at).is_ok_and(|m| m.permissions().mode() & 0o001 != 0))
+}
+
+/// Whether this binary has the same name for the host's runtimes: a router in a container of its own is elsewhere.
+fn is_seen_by_runtimes() -> bool {
+    let id = |path: &str| fs::metadata(path).map(|m| (m.dev(), m.ino()));
+    // Whoever may not look at the first process's root is no router in a container.
+    id("/proc/1/root/").map_or(true, |first| id("/").is_ok_and(|here| here == first))
 }
 
 /// `NAME=value` of each variable.
@@ -292,10 +328,12 @@ mod tests {
         let doors = Doors { variables: vec![("FREEFLOW_NAME", "c1".into()), ("LD_PRELOAD", "/a:/b".into())] };
         let dir = Path::new("/run/freeflow/containers/c1");
         let mount = "--mount type=bind,src=/run/freeflow/containers/c1,dst=/run/freeflow,readonly";
-        assert_eq!(flags(dir, &doors), [mount, "-e FREEFLOW_NAME=c1", "-e LD_PRELOAD=/a:/b"]);
-        let oci = oci(dir, &doors);
+        let device = "--device /dev/full:/dev/infiniband/uverbs0";
+        assert_eq!(flags(dir, &doors), [mount, device, "-e FREEFLOW_NAME=c1", "-e LD_PRELOAD=/a:/b"]);
+        let oci = oci(dir, &doors, None);
         assert_eq!(oci["mounts"][0]["source"], "/run/freeflow/containers/c1");
         assert_eq!(oci["mounts"][0]["destination"], "/run/freeflow");
+        assert_eq!(oci["mounts"][1]["destination"], "/dev/infiniband/uverbs0");
         assert_eq!(oci["process"]["env"], json!(["FREEFLOW_NAME=c1", "LD_PRELOAD=/a:/b"]));
     }
 

@@ -12,6 +12,7 @@ mod doors;
 mod exec;
 mod failure;
 mod lab;
+mod nic;
 mod paths;
 mod ps;
 mod router;
@@ -44,6 +45,8 @@ enum Command {
     Lab(lab::Args),
     #[command(name = lab::INNER_COMMAND, hide = true)]
     LabInner(lab::InnerArgs),
+    #[command(name = nic::HOOK_COMMAND, hide = true)]
+    NicHook(nic::HookArgs),
     Ps(ps::Args),
     Doctor(doctor::Args),
 }
@@ -60,6 +63,7 @@ pub fn main() -> ExitCode {
         Command::Exec(args) => exec::main(args),
         Command::Lab(args) => lab::main(args),
         Command::LabInner(args) => lab::inner_main(args),
+        Command::NicHook(args) => nic::hook_main(args),
         Command::Ps(args) => ps::main(&args),
         Command::Doctor(args) => doctor::main(&args),
     };

@@ -11,6 +11,7 @@ use freeflow_router::admin;
 
 use super::doors::Doors;
 use super::failure::{CANNOT_EXECUTE, Context as _, Failure, NOT_FOUND, OWN_FAILURE, Result};
+use super::nic;
 use super::paths::{self, Dist};
 use super::vars;
 
@@ -20,6 +21,10 @@ use super::vars;
 Starts a per-user router if none answers. Without --name the program belongs to the user's default container, whose
 programs reach each other, also by 127.0.0.1 and the host's addresses. In a container that freeflow container add
 prepared, the program belongs to that container.
+
+The program has a mount namespace of its own, in which the device is under /dev/infiniband and /sys/class/infiniband as
+well. For that, who is not root gets a user namespace too, where other users' files look like nobody's and setuid
+programs (sudo) do not work: --no-mounts does without.
 
 Examples:
   freeflow run -- ibv_devinfo
@@ -40,6 +45,9 @@ pub struct Args {
     /// Socket of the router to use
     #[arg(long, visible_alias = "socket", value_name = "SOCK")]
     router: Option<PathBuf>,
+    /// Leave /dev and /sys as they are: no /dev/infiniband and /sys/class/infiniband, and no namespace for them
+    #[arg(long)]
+    no_mounts: bool,
     /// Program and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
     command: Vec<std::ffi::OsString>,
@@ -70,6 +78,11 @@ fn prepare(args: &Args) -> Result<Doors> {
         }
         Some(name) => container_socket(&router, name, args)?,
     };
+    if !args.no_mounts
+        && let Err(failure) = nic::enter(&socket)
+    {
+        eprintln!("freeflow: no {} for the program: {failure} (--no-mounts: do not try)", nic::node());
+    }
     let inherited = |name: &str| std::env::var_os(name);
     Ok(Doors::new(&dist.libraries, &dist.libraries, &socket, args.name.as_deref(), inherited))
 }

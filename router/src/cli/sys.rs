@@ -1,9 +1,12 @@
-//! The system calls std has no safe form for: signal masks, what a child does between fork and exec, and dlopen.
+//! The system calls std has no safe form for: signal masks, what a child does between fork and exec,
+//! interfaces and dlopen.
 //!
 //! Owns all of the command line's `unsafe`. It must never know what the children are.
 
+use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
+use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
@@ -101,6 +104,49 @@ fn join_network(fd: RawFd) -> io::Result<()> {
     if unsafe { libc::setns(fd, libc::CLONE_NEWNET) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// The network interface that has an address.
+pub fn interface_of(ip: IpAddr) -> Option<String> {
+    let mut list = std::ptr::null_mut();
+    // SAFETY: a place for the list.
+    if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
+        return None;
+    }
+    let mut found = None;
+    let mut next: *const libc::ifaddrs = list;
+    // SAFETY: the list is linked, and whole until it is freed below.
+    while let Some(entry) = unsafe { next.as_ref() } {
+        // SAFETY: NULL or an address of its family's size.
+        if unsafe { address_of(entry.ifa_addr) } == Some(ip) {
+            // SAFETY: a name that lasts as long as the list.
+            let name = unsafe { CStr::from_ptr(entry.ifa_name) };
+            found = name.to_str().ok().map(str::to_owned);
+        }
+        next = entry.ifa_next;
+    }
+    // SAFETY: made by getifaddrs, and not used any more.
+    unsafe { libc::freeifaddrs(list) };
+    found
+}
+
+/// # Safety
+/// `address` is NULL or a socket address of its family's size.
+unsafe fn address_of(address: *const libc::sockaddr) -> Option<IpAddr> {
+    // SAFETY: the caller's promise.
+    match i32::from(unsafe { address.as_ref() }?.sa_family) {
+        libc::AF_INET => {
+            // SAFETY: that family's structure.
+            let v4 = unsafe { address.cast::<libc::sockaddr_in>().read_unaligned() };
+            Some(v4.sin_addr.s_addr.to_ne_bytes().into())
+        }
+        libc::AF_INET6 => {
+            // SAFETY: that family's structure.
+            let v6 = unsafe { address.cast::<libc::sockaddr_in6>().read_unaligned() };
+            Some(v6.sin6_addr.s6_addr.into())
+        }
+        _ => None,
+    }
+}
+
 /// Leaves this process's namespaces for new ones.
 pub fn unshare(flags: UnshareFlags) -> io::Result<()> {
     if flags.is_empty() {
@@ -141,7 +187,7 @@ impl Library {
             return None;
         }
         // SAFETY: a string of the dynamic linker's, as long as the library is open.
-        let name = unsafe { std::ffi::CStr::from_ptr(info.dli_fname) };
+        let name = unsafe { CStr::from_ptr(info.dli_fname) };
         let name: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(name.to_bytes());
         Some(name.into())
     }

@@ -40,6 +40,9 @@ pub fn run() -> Outcome<()> {
     }
     let said = site.alone("a", "/run/freeflow/bin/freeflow doctor")?;
     expect(&said, "serves this container as 10.9.0.1")?;
+    let said = site.alone("a", "cat /sys/class/infiniband/ff0/ports/1/gids/0")?;
+    expect(&said, "0000:0000:0000:0000:0000:ffff:0a09:0001")?;
+    site.alone("a", "test -w /dev/infiniband/uverbs0")?;
     let said = site.pair("ibv_rc_pingpong -p 18517 -g 0", " 127.0.0.1")?;
     expect(&said, "1000 iters in")?;
     expect(&said, "GID ::ffff:10.9.0.2")?;
@@ -110,7 +113,7 @@ impl Site {
     fn bundle(&self, name: &str, printed: &str) -> Outcome<()> {
         let ours: Value = serde_json::from_str(printed).map_err(|e| format!("--oci: {e}: {printed}"))?;
         let mut config = plain_config(self.is_root);
-        for pointer in ["/mounts", "/process/env"] {
+        for pointer in ["/mounts", "/process/env", "/hooks/createContainer"] {
             let more =
                 ours.pointer(pointer).and_then(Value::as_array).ok_or(format!("--oci: no {pointer}"))?;
             if let Some(list) = config.pointer_mut(pointer).and_then(Value::as_array_mut) {
@@ -204,8 +207,10 @@ fn plain_config(is_root: bool) -> Value {
         },
         "mounts": [
             { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/sys", "type": "bind", "source": "/sys", "options": ["rbind", "ro", "nosuid", "nodev", "noexec"] },
             tmpfs("/dev", "mode=755"), tmpfs("/tmp", "mode=1777"), tmpfs("/run", "mode=755"),
         ],
+        "hooks": { "createContainer": [] },
         "linux": {
             "namespaces": namespaces,
             "uidMappings": ids,

@@ -149,18 +149,32 @@ pub const OWN: &[LabCheck] = &[
         what: "containers are unprivileged and reach each other",
         arguments: &[
             "--run",
-            "c1=grep -E 'CapBnd|NoNewPrivs' /proc/self/status; ls -d /dev/infiniband || echo no device; \
+            "c1=grep -E 'CapBnd|NoNewPrivs' /proc/self/status; \
              touch /etc/x || echo read-only; exec env -u LD_PRELOAD -u LD_LIBRARY_PATH qperf",
             "--run",
             "c2=env -u LD_PRELOAD -u LD_LIBRARY_PATH qperf @c1 -t 1 tcp_lat && echo reached",
         ],
         status: 0,
+        lines: &["c1| CapBnd:\t0000000000000000", "c1| NoNewPrivs:\t1", "c1| read-only", "c2| reached"],
+    },
+    LabCheck {
+        what: "a container has the device's files and its own interfaces",
+        arguments: &[
+            "--containers",
+            "1",
+            "--run",
+            "c1=cd /sys/class/infiniband/ff0; cat ports/1/gids/0 ports/1/gid_attrs/ndevs/0; \
+             cat device/net/eth0/operstate ../../net/lo/mtu; \
+             test -w /dev/infiniband/uverbs0 && echo a node; touch x || echo read-only",
+        ],
+        status: 0,
         lines: &[
-            "c1| CapBnd:\t0000000000000000",
-            "c1| NoNewPrivs:\t1",
-            "c1| no device",
+            "c1| 0000:0000:0000:0000:0000:ffff:0a4d:0101",
+            "c1| eth0",
+            "c1| up",
+            "c1| 65536",
+            "c1| a node",
             "c1| read-only",
-            "c2| reached",
         ],
     },
     LabCheck {

@@ -3,6 +3,7 @@
 mod cargo;
 mod clients;
 mod containers;
+mod device_files;
 mod examples;
 mod labs;
 mod operators;
@@ -115,6 +116,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
         tally.check(name, check);
     }
     ucx::run(&mut tally, chosen);
+    if chosen(device_files::NAME) {
+        tally.check(device_files::NAME, device_files::run);
+    }
     if chosen(containers::NAME) {
         tally.check(containers::NAME, containers::run);
     }

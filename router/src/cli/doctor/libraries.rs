@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::{Args, Finding};
+use crate::cli::nic;
 use crate::cli::paths::Dist;
 
 const VERBS: &str = "libibverbs.so.1";
@@ -26,10 +27,25 @@ pub fn check(args: &Args) -> Vec<Finding> {
     let mut findings: Vec<_> = wanted.iter().map(|library| present(&dist.libraries, library)).collect();
     let search = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     findings.push(first_found(&dist.libraries, std::env::split_paths(&search)));
+    findings.push(device_files());
     if args.ucx {
         findings.extend(super::ucx::check(&dist.libraries, |name| std::env::var(name).ok()));
     }
     findings
+}
+
+/// The device's files are a program's own: only where this runs as programs do can it see them.
+fn device_files() -> Finding {
+    const CHECK: &str = "device files";
+    if nic::is_present() {
+        return Finding::ok(CHECK, format!("{} and /sys/class/infiniband", nic::node()));
+    }
+    Finding::note(
+        CHECK,
+        format!("no {} and no /sys/class/infiniband here", nic::node()),
+        "only UCX's own verbs transports and a few others look for them: freeflow run shows them to a program, where it \
+         may make a mount namespace, and the flags and the hook of freeflow container add to a container",
+    )
 }
 
 fn present(dir: &Path, library: &str) -> Finding {

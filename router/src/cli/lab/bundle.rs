@@ -10,11 +10,12 @@ use std::path::{Path, PathBuf};
 use rustix::mount::{mount_bind, mount_bind_recursive};
 use serde_json::{Value, json};
 
-use super::cgroups;
 use super::spec::{ContainerSpec, Spec};
 use super::userns::ContainerIds;
+use super::{cgroups, network};
 use crate::cli::container::{self, INSIDE};
 use crate::cli::failure::{Context as _, Result};
+use crate::cli::nic;
 use crate::cli::paths::{self, Dist};
 use crate::cli::vars;
 
@@ -107,7 +108,12 @@ impl Bundle {
                 "maskedPaths": MASKED,
                 "readonlyPaths": READ_ONLY,
             },
+            "hooks": { "createContainer": [self.hook(spec, container)] },
         }))
+    }
+
+    fn hook(&self, spec: &Spec, container: &ContainerSpec) -> Value {
+        nic::oci_hook(&spec.dir.join("dist/bin/freeflow"), container.ip, Some(network::INTERFACE))
     }
 
     fn mounts(&self, spec: &Spec) -> Vec<Value> {
@@ -122,6 +128,7 @@ impl Bundle {
             mount("/tmp", "tmpfs", "tmpfs", &["nosuid", "nodev", "mode=1777"]),
             mount("/run", "tmpfs", "tmpfs", &["nosuid", "nodev", "mode=755"]),
             bind(inside, &self.door_dir()),
+            container::node_mount(),
             bind(&inside.join("bin"), &spec.dir.join("dist/bin")),
             bind(&inside.join("lib/freeflow"), &spec.dir.join("dist/lib/freeflow")),
         ];

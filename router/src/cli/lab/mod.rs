@@ -32,6 +32,7 @@ use super::failure::{OWN_FAILURE, Result};
 
 pub use outer::INNER_COMMAND;
 pub use running::{find as find_container, running_routers};
+pub use userns::map_self;
 
 /// Start a throw-away cluster of unprivileged containers and run programs in it.
 #[derive(Debug, Parser)]

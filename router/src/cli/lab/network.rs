@@ -23,6 +23,8 @@ const BRIDGE: &str = "br0";
 /// What joins the hosts: in each the end of a veth pair, in the lab's own namespace a bridge if there are more than two.
 const WIRE: &str = "wire";
 const PREFIX: u8 = 24;
+/// A container's interface.
+pub const INTERFACE: &str = "eth0";
 
 /// A host's network namespace. In it interface names can be short and fixed.
 pub struct Namespace(Option<OwnedFd>);
@@ -115,15 +117,16 @@ impl<'n> Bridge<'n> {
         Ok(Self { namespace, gateway })
     }
 
-    /// Gives the container `name` its interface eth0 with `address` on this bridge.
+    /// Gives the container `name` its [`INTERFACE`] with `address` on this bridge.
     pub fn attach(&self, name: &str, init: Pid, address: IpAddr) -> Result<()> {
         let pid = init.as_raw_nonzero().get();
         self.namespace.ip(&format!(
-            "link add {name} type veth peer name eth0 netns {pid}\n\
+            "link add {name} type veth peer name {INTERFACE} netns {pid}\n\
              link set {name} master {BRIDGE} up"
         ))?;
-        let mut inside =
-            format!("link set lo up\naddr add {address}/{PREFIX} dev eth0 nodad\nlink set eth0 up");
+        let mut inside = format!(
+            "link set lo up\naddr add {address}/{PREFIX} dev {INTERFACE} nodad\nlink set {INTERFACE} up"
+        );
         if self.namespace.0.is_some() {
             inside += &format!("\nroute add default via {}", self.gateway);
         }

@@ -28,16 +28,18 @@ pub fn enter() -> Result<()> {
     })?;
     match helper {
         Some(helper) => helper.finish(),
-        None => map_self(uid, gid),
+        // Containers then run as their own root, without capabilities.
+        None => map_self(0, 0, uid, gid),
     }
 }
 
-/// Maps this user alone: containers then run as their own root, without capabilities.
-fn map_self(uid: u32, gid: u32) -> Result<()> {
+/// Maps this process's user and group alone, in the user namespace that it has just made: the ids it has in there, and
+/// those it had outside.
+pub fn map_self(uid: u32, gid: u32, outer_uid: u32, outer_gid: u32) -> Result<()> {
     let write = |file: &str, text: String| fs::write(file, text).context(format_args!("cannot write {file}"));
     write("/proc/self/setgroups", "deny".into())?;
-    write("/proc/self/uid_map", format!("0 {uid} 1"))?;
-    write("/proc/self/gid_map", format!("0 {gid} 1"))
+    write("/proc/self/uid_map", format!("{uid} {outer_uid} 1"))?;
+    write("/proc/self/gid_map", format!("{gid} {outer_gid} 1"))
 }
 
 /// newuidmap and newgidmap must run outside the namespace they map, so a shell waits there until told to go on.
