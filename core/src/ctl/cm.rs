@@ -12,6 +12,9 @@ use super::messages::{Done, Id, RawGid, body, events, requests};
 pub mod cm_space {
     pub const TCP: u32 = 0x0106;
     pub const UDP: u32 = 0x0111;
+    /// Connections of any type of queue pair, XRC's too.
+    pub const IB: u32 = 0x013f;
+    pub const ALL: [u32; 3] = [TCP, UDP, IB];
 }
 
 /// [`CmBind::flags`], [`CmResolveAddr::flags`].
@@ -61,6 +64,7 @@ pub mod cm_event {
     pub const REJECTED: u32 = 8;
     pub const ESTABLISHED: u32 = 9;
     pub const DISCONNECTED: u32 = 10;
+    pub const MULTICAST_JOIN: u32 = 12;
     pub const TIMEWAIT_EXIT: u32 = 15;
     /// The channel's queue is empty.
     pub const NONE: u32 = u32::MAX;
@@ -194,6 +198,8 @@ requests! {
     /// The QP saw data before ESTABLISHED (rdma_notify with IBV_EVENT_COMM_EST).
     0x4e CmNotify [0] { id: u32, _pad: u32, } -> Done;
     0x4f CmNextEvent [0] { channel: u32, } -> CmNext;
+    /// Answered by MULTICAST_JOIN, whose `gid` is the group's.
+    0x50 CmJoin [0] { id: u32, _pad: u32, addr: CmAddr, } -> Done;
 }
 
 events! {

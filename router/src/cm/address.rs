@@ -107,6 +107,10 @@ impl Manager {
         if dst.addr.is_any() {
             dst.addr = loopback(dst.family);
         }
+        if dst.addr.is_multicast() {
+            self.resolved_group(request.id, &home, dst);
+            return Ok(Answer::Done);
+        }
         match self.locate(&home, &dst.addr, request.flags) {
             Some(to) => self.resolved(request.id, &home, to, dst, request.flags),
             None => {
@@ -153,6 +157,32 @@ impl Manager {
         found.to = Some(to);
         found.state = State::AddrResolved;
         self.post(id, CmNext { kind: cm_event::ADDR_RESOLVED, gid, ..Default::default() });
+    }
+
+    /// A group is nowhere in particular: the id can join it, but not connect.
+    fn resolved_group(&mut self, id: u32, home: &Home, dst: CmAddr) {
+        let Some(found) = self.id_mut(id) else { return };
+        if found.local.addr.is_any() {
+            found.local.addr = home.vip;
+            found.local.family = if home.vip.is_v4() { dst.family } else { cm_family::V6 };
+        }
+        found.remote = dst;
+        found.state = State::AddrResolved;
+        self.post(id, CmNext { kind: cm_event::ADDR_RESOLVED, gid: dst.addr, ..Default::default() });
+    }
+
+    /// Puts the answer to a join among the id's events. Who is in a group is the queue pairs' business.
+    pub(super) fn join(&mut self, client: u32, id: u32, group: &CmAddr) -> Result<Answer> {
+        let found = self.owned(client, id)?;
+        let may = found.is_datagram()
+            && matches!(found.state, State::Bound | State::AddrResolved | State::RouteResolved);
+        check(group)?;
+        if !may || !group.addr.is_multicast() {
+            return Err(Errno::INVAL);
+        }
+        self.has_room(found.channel)?;
+        self.post(id, CmNext { kind: cm_event::MULTICAST_JOIN, gid: group.addr, ..Default::default() });
+        Ok(Answer::Done)
     }
 
     pub(super) fn resolve_route(&mut self, client: u32, id: u32) -> Result<Answer> {

@@ -46,4 +46,5 @@ calls! {
     Disconnect(CmDisconnect),
     Notify(CmNotify),
     NextEvent(CmNextEvent),
+    Join(CmJoin),
 }

@@ -121,6 +121,7 @@ impl Manager {
             Call::Disconnect(r) => self.disconnect(client, r.id, now),
             Call::Notify(r) => self.notify(client, r.id),
             Call::NextEvent(r) => self.next_event(client, r.channel),
+            Call::Join(r) => self.join(client, r.id, &r.addr),
         }
     }
 
@@ -219,7 +220,7 @@ impl Manager {
 
     fn create(&mut self, client: u32, channel: u32, space: u32) -> Result<Answer> {
         self.owned_channel(client, channel)?;
-        if ![cm_space::TCP, cm_space::UDP].contains(&space) {
+        if !cm_space::ALL.contains(&space) {
             return Err(Errno::PROTONOSUPPORT);
         }
         self.add(Id::new(client, channel, space)).map(Answer::Id)

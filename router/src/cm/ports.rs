@@ -20,6 +20,7 @@ pub trait AddrExt {
     fn is_v4(&self) -> bool;
     fn is_any(&self) -> bool;
     fn is_loopback(&self) -> bool;
+    fn is_multicast(&self) -> bool;
 }
 
 impl AddrExt for RawGid {
@@ -33,6 +34,10 @@ impl AddrExt for RawGid {
 
     fn is_loopback(&self) -> bool {
         (self.is_v4() && self[12] == 127) || *self == std::net::Ipv6Addr::LOCALHOST.octets()
+    }
+
+    fn is_multicast(&self) -> bool {
+        (self.is_v4() && self[12] >> 4 == 0xe) || self[0] == 0xff
     }
 }
 

@@ -87,6 +87,11 @@ pub fn is_wildcard(addr: &CmAddr) -> bool {
     Ipv6Addr::from(addr.addr).is_unspecified()
 }
 
+/// Whether `addr` is this system itself.
+pub fn is_loopback(addr: &CmAddr) -> bool {
+    Ipv6Addr::from(addr.addr).to_canonical().is_loopback()
+}
+
 /// Whether `addr` is on one of this network namespace's interfaces.
 pub fn is_own(addr: &RawGid) -> Result<bool> {
     let mut list = std::ptr::null_mut();

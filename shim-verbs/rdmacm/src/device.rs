@@ -1,12 +1,12 @@
 //! The RDMA device of the container, as ids are attached to it.
 //!
 //! Owns the one open context (kept open, as rdma_get_devices promises), the default PD, which lives as long as an id is
-//! attached, and the PD of rsockets, so that a peer of one of those does not reach what the program registers.
+//! attached, the PD of rsockets, so that a peer of one of those does not reach what the program registers, and the XRC domain.
 
 use std::ffi::c_int;
 use std::sync::{Mutex, PoisonError};
 
-use freeflow_verbs_abi::{ibv_context, ibv_mtu, ibv_pd};
+use freeflow_verbs_abi::{ibv_context, ibv_mtu, ibv_pd, ibv_xrcd};
 
 use crate::edge::{self, Errno, Result};
 use crate::session::Session;
@@ -29,6 +29,7 @@ struct State {
     open: Option<Open>,
     pd: *mut ibv_pd,
     rsockets: *mut ibv_pd,
+    xrcd: *mut ibv_xrcd,
     /// Attached ids.
     users: usize,
 }
@@ -48,6 +49,7 @@ impl Default for Device {
             open: None,
             pd: std::ptr::null_mut(),
             rsockets: std::ptr::null_mut(),
+            xrcd: std::ptr::null_mut(),
             users: 0,
         }))
     }
@@ -92,6 +94,16 @@ impl Device {
             state.rsockets = verbs()?.alloc_pd(open.context)?;
         }
         Ok(state.rsockets)
+    }
+
+    /// The XRC domain of ids whose program names none; it stays once it is there.
+    pub fn xrcd(&self) -> Result<*mut ibv_xrcd> {
+        let mut state = self.lock();
+        if state.xrcd.is_null() {
+            let open = state.open()?;
+            state.xrcd = verbs()?.open_xrcd(open.context)?;
+        }
+        Ok(state.xrcd)
     }
 
     /// One more id uses the device and its default PD.

@@ -11,8 +11,8 @@ use freeflow_verbs_abi::*;
 use crate::channel::{Channel, TICKET, migrate};
 use crate::edge::{self, Errno, Result};
 use crate::id::{Id, Peer, field, set_field};
-use crate::modify;
 use crate::session::Session;
+use crate::{modify, multicast};
 
 /// Room for any private data, and then some for programs that read what `RDMA_MAX_PRIVATE_DATA` promised.
 const DATA: usize = 256;
@@ -83,6 +83,7 @@ fn pass(id: &Id, event: &CmNext) -> Option<rdma_cm_event> {
             id.state().peer = Some(peer);
             public.param.ud = ud_param(&peer, event);
         }
+        cm_event::MULTICAST_JOIN => multicast::joined(id, event.gid, &mut public)?,
         cm_event::REJECTED => {
             if id.state().connect_error {
                 return None;
@@ -213,7 +214,9 @@ fn hand_out(counted: &Id, public: rdma_cm_event, event: &CmNext) -> *mut rdma_cm
         std::mem::offset_of!(rdma_conn_param, private_data)
             == std::mem::offset_of!(rdma_ud_param, private_data)
     );
-    whole.public.param.conn.private_data = if bytes.is_empty() { std::ptr::null() } else { data };
+    if !bytes.is_empty() {
+        whole.public.param.conn.private_data = data;
+    }
     Box::into_raw(whole).cast()
 }
 

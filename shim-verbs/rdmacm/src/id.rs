@@ -13,6 +13,7 @@ use freeflow_verbs_abi::*;
 use crate::channel::Channel;
 use crate::device::{Open, PORT};
 use crate::edge::{self, Errno, Result};
+use crate::multicast::Group;
 use crate::session::Session;
 use crate::{address, event};
 
@@ -49,6 +50,7 @@ pub struct State {
     pub accept_qp: Option<ibv_qp_init_attr>,
     pub local_ece: (u32, u32),
     pub remote_ece: (u32, u32),
+    pub groups: Vec<Group>,
 }
 
 /// The local ACK timeout that RoCE ends up with.
@@ -151,6 +153,7 @@ impl Id {
             accept_qp: None,
             local_ece: (0, 0),
             remote_ece: (0, 0),
+            groups: Vec::new(),
         };
         Box::into_raw(Box::new(Id {
             public: UnsafeCell::new(public),
@@ -291,11 +294,21 @@ impl Id {
     }
 }
 
+/// Whether ids of a port space can have queue pairs of a type.
+fn fits(ps: rdma_port_space, qp_type: ibv_qp_type) -> bool {
+    match ps {
+        RDMA_PS_UDP => qp_type == IBV_QPT_UD,
+        RDMA_PS_IB => matches!(qp_type, IBV_QPT_RC | IBV_QPT_UC | IBV_QPT_XRC_SEND | IBV_QPT_XRC_RECV),
+        _ => qp_type == IBV_QPT_RC,
+    }
+}
+
 /// The router's name for a port space.
 fn space(ps: rdma_port_space) -> Result<u32> {
     match ps {
         RDMA_PS_TCP => Ok(cm_space::TCP),
         RDMA_PS_UDP => Ok(cm_space::UDP),
+        RDMA_PS_IB => Ok(cm_space::IB),
         _ => Err(Errno::PROTONOSUPPORT),
     }
 }
@@ -328,11 +341,11 @@ fn enter(
     ps: rdma_port_space,
     qp_type: ibv_qp_type,
 ) -> Result<*mut Id> {
-    if qp_type != IBV_QPT_RC && qp_type != IBV_QPT_UD {
+    let (session, space) = (channel.session, space(ps)?);
+    if !fits(ps, qp_type) {
         return Err(Errno::OPNOTSUPP);
     }
-    let session = channel.session;
-    let Number { id: number, .. } = session.call(&CmCreate { channel: channel.number, space: space(ps)? })?;
+    let Number { id: number, .. } = session.call(&CmCreate { channel: channel.number, space })?;
     let id = Id::make(channel, number, ps, qp_type, context);
     session.ids()?.insert(number, id);
     Ok(id)

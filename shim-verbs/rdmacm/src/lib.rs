@@ -15,12 +15,12 @@ mod event;
 mod id;
 mod info;
 mod modify;
+mod multicast;
 mod options;
 mod queues;
 mod resolve;
 mod rsocket;
 mod session;
-mod unsupported;
 mod verbs;
 
 include!(concat!(env!("OUT_DIR"), "/trampolines.rs"));

@@ -52,7 +52,9 @@ fn init(id: &Id, attr: &mut ibv_qp_attr) -> Result<u32> {
     // Before there is a peer nobody may reach in; with one, as much as both sides agreed on.
     attr.qp_access_flags = match state.peer {
         None => 0,
-        Some(_) if state.responder_resources == 0 => IBV_ACCESS_REMOTE_WRITE,
+        Some(_) if state.responder_resources == 0 || field!(id, qp_type) == IBV_QPT_UC => {
+            IBV_ACCESS_REMOTE_WRITE
+        }
         Some(_) => IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC,
     };
     Ok(IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS)
@@ -68,12 +70,11 @@ fn rtr(id: &Id, attr: &mut ibv_qp_attr) -> Result<u32> {
     attr.max_dest_rd_atomic = state.responder_resources;
     attr.min_rnr_timer = 0;
     attr.ah_attr = ah_attr(peer.gid, state.tos);
-    Ok(IBV_QP_AV
-        | IBV_QP_PATH_MTU
-        | IBV_QP_DEST_QPN
-        | IBV_QP_RQ_PSN
-        | IBV_QP_MAX_DEST_RD_ATOMIC
-        | IBV_QP_MIN_RNR_TIMER)
+    let serves = match field!(id, qp_type) {
+        IBV_QPT_RC | IBV_QPT_XRC_RECV => IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER,
+        _ => 0,
+    };
+    Ok(IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN | serves)
 }
 
 fn rts(id: &Id, attr: &mut ibv_qp_attr) -> Result<u32> {
@@ -85,7 +86,13 @@ fn rts(id: &Id, attr: &mut ibv_qp_attr) -> Result<u32> {
     // How often we may retry is what the receiver said.
     attr.rnr_retry = peer.params.rnr_retry_count;
     attr.max_rd_atomic = state.initiator_depth;
-    Ok(IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC)
+    let asks = IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC;
+    Ok(IBV_QP_SQ_PSN
+        | match field!(id, qp_type) {
+            IBV_QPT_UC => 0,
+            IBV_QPT_XRC_RECV => IBV_QP_TIMEOUT,
+            _ => asks,
+        })
 }
 
 fn step(id: &Id, qp: *mut ibv_qp, to: ibv_qp_state) -> Result<()> {

@@ -89,6 +89,14 @@ fn complete(id: &Id, attr: &mut ibv_qp_init_attr_ex) -> Result<()> {
     if differ(send, attr.send_cq) || differ(recv, attr.recv_cq) {
         return Err(Errno::INVAL);
     }
+    if field!(id, qp_type) == IBV_QPT_XRC_RECV {
+        if attr.comp_mask & IBV_QP_INIT_ATTR_XRCD == 0 || attr.xrcd.is_null() {
+            attr.comp_mask |= IBV_QP_INIT_ATTR_XRCD;
+            attr.xrcd = id.session.device.xrcd()?;
+        }
+        // What it receives goes to shared queues, which have CQs of their own.
+        return Ok(());
+    }
     let missing = |ours: *mut ibv_cq, theirs: *mut ibv_cq, size| {
         if ours.is_null() && theirs.is_null() { size } else { 0 }
     };
@@ -113,7 +121,11 @@ fn create_qp_ex(id: &Id, attr: &mut ibv_qp_init_attr_ex) -> Result<()> {
     match made {
         Ok(qp) => {
             // SAFETY: just created by libibverbs.
-            set_field!(id, pd = unsafe { (*qp).pd });
+            let pd = unsafe { (*qp).pd };
+            // An XRC target has none.
+            if !pd.is_null() {
+                set_field!(id, pd = pd);
+            }
             set_field!(id, qp = qp);
             Ok(())
         }
@@ -186,7 +198,10 @@ pub fn destroy_qp(id: &Id) -> Result<()> {
         verbs()?.destroy_qp(qp);
         set_field!(id, qp = std::ptr::null_mut());
     }
-    destroy_cqs(id);
+    // An XRC target's belong to its shared queue.
+    if field!(id, qp_type) != IBV_QPT_XRC_RECV || field!(id, srq).is_null() {
+        destroy_cqs(id);
+    }
     Ok(())
 }
 
@@ -195,16 +210,32 @@ pub unsafe extern "C" fn rdma_destroy_qp(id: *mut rdma_cm_id) {
     edge::nothing(|| destroy_qp(unsafe { Id::from_raw(id) }?));
 }
 
+/// Which domain and CQ an XRC shared queue of this id uses.
+fn complete_xrc(id: &Id, attr: &mut ibv_srq_init_attr_ex) -> Result<()> {
+    if attr.comp_mask & IBV_SRQ_INIT_ATTR_XRCD == 0 || attr.xrcd.is_null() {
+        attr.comp_mask |= IBV_SRQ_INIT_ATTR_XRCD;
+        attr.xrcd = id.session.device.xrcd()?;
+    }
+    if attr.comp_mask & IBV_SRQ_INIT_ATTR_CQ == 0 || attr.cq.is_null() {
+        if field!(id, recv_cq).is_null() {
+            create_cqs(id, 0, attr.attr.max_wr)?;
+        }
+        attr.comp_mask |= IBV_SRQ_INIT_ATTR_CQ;
+        attr.cq = field!(id, recv_cq);
+    }
+    Ok(())
+}
+
 fn create_srq_ex(id: &Id, attr: &mut ibv_srq_init_attr_ex) -> Result<()> {
     if attr.comp_mask & IBV_SRQ_INIT_ATTR_TYPE == 0 {
         return Err(Errno::INVAL);
     }
-    if attr.srq_type == IBV_SRQT_XRC {
-        return Err(Errno::OPNOTSUPP);
-    }
     if attr.comp_mask & IBV_SRQ_INIT_ATTR_PD == 0 || attr.pd.is_null() {
         attr.comp_mask |= IBV_SRQ_INIT_ATTR_PD;
         attr.pd = field!(id, pd);
+    }
+    if attr.srq_type == IBV_SRQT_XRC {
+        complete_xrc(id, attr)?;
     }
     let verbs = verbs()?;
     let simple = IBV_SRQ_INIT_ATTR_TYPE | IBV_SRQ_INIT_ATTR_PD;
@@ -238,7 +269,8 @@ pub unsafe extern "C" fn rdma_create_srq(
         whole.srq_context = attr.srq_context;
         whole.attr = attr.attr;
         whole.comp_mask = IBV_SRQ_INIT_ATTR_TYPE | IBV_SRQ_INIT_ATTR_PD;
-        whole.srq_type = IBV_SRQT_BASIC;
+        let target = field!(id, qp_type) == IBV_QPT_XRC_RECV;
+        whole.srq_type = if target { IBV_SRQT_XRC } else { IBV_SRQT_BASIC };
         whole.pd = pd;
         let made = create_srq_ex(id, &mut whole);
         attr.attr = whole.attr;

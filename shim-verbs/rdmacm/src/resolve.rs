@@ -15,13 +15,14 @@ fn own(addr: &CmAddr, flag: u32) -> Result<u32> {
     Ok(if address::is_own(&addr.addr)? { flag } else { 0 })
 }
 
-/// Binds `id`; with a certain address it is attached to the device as well.
+/// Binds `id`; with a certain address it is attached to the device as well. Loopback is none: it leaves the choice open, as
+/// the kernel has it, and programs that list devices by what they bound (libfabric) rely on that.
 pub fn bind(id: &Id, addr: &CmAddr) -> Result<()> {
     let flags = id.state().flags | own(addr, cm_flags::OWN)?;
     let bound = id.session.call(&CmBind { id: id.number, flags, addr: *addr })?;
     id.state().bound = true;
     id.set_local(&bound);
-    if !address::is_wildcard(&bound) {
+    if !address::is_wildcard(&bound) && !address::is_loopback(&bound) {
         id.attach()?;
     }
     Ok(())

@@ -7,6 +7,7 @@ use std::ffi::{c_int, c_uint, c_void};
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
+use freeflow_core::ctl::RawGid;
 use freeflow_verbs_abi::*;
 use libloading::os::unix::Library;
 
@@ -52,6 +53,8 @@ functions! {
     ibv_destroy_srq: fn(srq: *mut ibv_srq) -> c_int;
     ibv_create_qp: fn(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
     ibv_destroy_qp: fn(qp: *mut ibv_qp) -> c_int;
+    ibv_attach_mcast: fn(qp: *mut ibv_qp, gid: *const ibv_gid, lid: u16) -> c_int;
+    ibv_detach_mcast: fn(qp: *mut ibv_qp, gid: *const ibv_gid, lid: u16) -> c_int;
     ibv_modify_qp: fn(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, mask: c_int) -> c_int;
 }
 
@@ -215,6 +218,15 @@ impl Verbs {
         created(unsafe { (self.table.ibv_create_qp)(pd, attr) })
     }
 
+    /// A domain of this process alone, behind no file.
+    pub fn open_xrcd(&self, context: *mut ibv_context) -> Result<*mut ibv_xrcd> {
+        let open = extended(context, |ops| ops.open_xrcd)?;
+        let comp_mask = IBV_XRCD_INIT_ATTR_FD | IBV_XRCD_INIT_ATTR_OFLAGS;
+        let mut attr = ibv_xrcd_init_attr { comp_mask, fd: -1, oflags: libc::O_CREAT };
+        // SAFETY: see the impl's comment.
+        created(unsafe { open(context, &mut attr) })
+    }
+
     pub fn create_qp_ex(
         &self,
         context: *mut ibv_context,
@@ -233,6 +245,21 @@ impl Verbs {
     pub fn modify_qp(&self, qp: *mut ibv_qp, attr: &mut ibv_qp_attr, mask: c_int) -> Result<()> {
         // SAFETY: see the impl's comment.
         checked(unsafe { (self.table.ibv_modify_qp)(qp, attr, mask) })
+    }
+}
+
+/// Multicast. Groups of RoCE have no LID.
+impl Verbs {
+    pub fn attach_mcast(&self, qp: *mut ibv_qp, raw: RawGid) -> Result<()> {
+        let gid = ibv_gid { raw };
+        // SAFETY: see the first impl's comment.
+        checked(unsafe { (self.table.ibv_attach_mcast)(qp, &gid, 0) })
+    }
+
+    pub fn detach_mcast(&self, qp: *mut ibv_qp, raw: RawGid) -> Result<()> {
+        let gid = ibv_gid { raw };
+        // SAFETY: see the first impl's comment.
+        checked(unsafe { (self.table.ibv_detach_mcast)(qp, &gid, 0) })
     }
 }
 

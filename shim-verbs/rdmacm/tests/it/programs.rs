@@ -127,6 +127,11 @@ fn streams_carry_every_byte_once() {
 }
 
 #[test]
+fn xrc_endpoints_share_receives() {
+    run_with_router("xrc");
+}
+
+#[test]
 fn mapped_buffers_take_the_peers_bytes() {
     run_with_router("rs_mapped");
 }
