@@ -98,7 +98,7 @@ pub unsafe fn write_address(
 
 /// Where a socket is bound to.
 pub fn local(socket: &Socket) -> Result<CmAddr> {
-    let state = socket.lock();
+    let state = socket.lock()?;
     let storage = field!(state.cm()?.id(), route.addr.__bindgen_anon_1.src_storage);
     // SAFETY: a whole sockaddr_storage. Without a family there is no address yet: all zeros.
     Ok(unsafe { address::read((&raw const storage).cast()) }.unwrap_or_default())
@@ -106,7 +106,7 @@ pub fn local(socket: &Socket) -> Result<CmAddr> {
 
 /// Where it is connected to.
 fn remote(socket: &Socket) -> Result<CmAddr> {
-    let state = socket.lock();
+    let state = socket.lock()?;
     match &state.body {
         Body::Stream(stream) if stream.is_connected() => {
             let storage = field!(stream.cm().id(), route.addr.__bindgen_anon_2.dst_storage);
@@ -124,7 +124,7 @@ pub unsafe extern "C" fn rbind(socket: c_int, addr: *const sockaddr, len: sockle
         let socket = table::find(socket)?;
         // SAFETY: the program's address.
         let addr = unsafe { read_address(addr, len) }?;
-        let mut state = socket.lock();
+        let mut state = socket.lock()?;
         match &mut state.body {
             Body::Stream(stream) => stream.bind(&addr),
             Body::Datagram(datagram) => {
@@ -140,7 +140,7 @@ pub unsafe extern "C" fn rlisten(socket: c_int, backlog: c_int) -> c_int {
     edge::code(|| {
         let socket = table::find(socket)?;
         let service = table::service()?;
-        socket.lock().stream()?.listen(usize::try_from(backlog).unwrap_or(0))?;
+        socket.lock()?.stream()?.listen(usize::try_from(backlog).unwrap_or(0))?;
         service.add(&socket);
         Ok(())
     })
@@ -150,7 +150,7 @@ pub unsafe extern "C" fn raccept(socket: c_int, addr: *mut sockaddr, len: *mut s
     let mut number = -1;
     let code = edge::code(|| {
         let listener = table::find(socket)?;
-        let child = blocking(&listener, POLLIN, || listener.lock().stream()?.accept())?;
+        let child = blocking(&listener, POLLIN, || listener.lock()?.stream()?.accept())?;
         // There is room in the queue again.
         table::service()?.look();
         let peer = remote(&child).unwrap_or_default();
@@ -177,10 +177,10 @@ pub unsafe extern "C" fn rconnect(socket: c_int, addr: *const sockaddr, len: soc
         let socket = table::find(socket)?;
         // SAFETY: the program's address.
         let addr = unsafe { read_address(addr, len) }?;
-        if let Body::Datagram(datagram) = &mut socket.lock().body {
+        if let Body::Datagram(datagram) = &mut socket.lock()?.body {
             return datagram.connect(addr);
         }
-        socket.lock().stream()?.connect(addr)?;
+        socket.lock()?.stream()?.connect(addr)?;
         loop {
             match socket.progress() {
                 Ok(true) => return Ok(()),
@@ -201,7 +201,7 @@ pub unsafe extern "C" fn rshutdown(socket: c_int, how: c_int) -> c_int {
             libc::SHUT_RDWR => (true, true),
             _ => return Err(Errno::INVAL),
         };
-        let mut state = socket.lock();
+        let mut state = socket.lock()?;
         state.stream()?.shutdown(reading, writing)?;
         state.tell(true);
         Ok(())
@@ -211,8 +211,9 @@ pub unsafe extern "C" fn rshutdown(socket: c_int, how: c_int) -> c_int {
 pub unsafe extern "C" fn rclose(socket: c_int) -> c_int {
     edge::code(|| {
         let socket = table::remove(socket)?;
-        say_good_bye(&socket);
-        let mut state = socket.lock();
+        // One that was left in the middle of a call stays as it is, until the process ends.
+        let Ok(()) = say_good_bye(&socket) else { return Ok(()) };
+        let mut state = socket.lock()?;
         let body = std::mem::replace(&mut state.body, Body::Closed);
         state.tell(true);
         drop(state);
@@ -224,11 +225,11 @@ pub unsafe extern "C" fn rclose(socket: c_int) -> c_int {
 }
 
 /// Ends a stream in order: the last byte arrives before the connection goes.
-fn say_good_bye(socket: &Arc<Socket>) {
+fn say_good_bye(socket: &Arc<Socket>) -> Result<()> {
     let patient = {
-        let mut state = socket.lock();
+        let mut state = socket.lock()?;
         let patient = !state.options.drops_unsent();
-        let Ok(stream) = state.stream() else { return };
+        let Ok(stream) = state.stream() else { return Ok(()) };
         let unaccepted = stream.abandon();
         let connected = stream.is_connected() && stream.shutdown(true, true).is_ok();
         drop(state);
@@ -237,9 +238,10 @@ fn say_good_bye(socket: &Arc<Socket>) {
     };
     // What cannot be waited for is lost with the connection.
     while patient && wait::one(socket, FLUSHED, Deadline::Never) == Err(Errno::INTR) {}
-    if let Ok(stream) = socket.lock().stream() {
+    if let Ok(stream) = socket.lock()?.stream() {
         stream.hang_up();
     }
+    Ok(())
 }
 
 pub unsafe extern "C" fn rgetpeername(socket: c_int, addr: *mut sockaddr, len: *mut socklen_t) -> c_int {

@@ -39,13 +39,13 @@ fn one(buf: *const c_void, len: usize) -> [iovec; 1] {
 }
 
 /// Until when a call waits.
-fn deadline(socket: &Socket, flags: c_int, sending: bool) -> Deadline {
+fn deadline(socket: &Socket, flags: c_int, sending: bool) -> Result<Deadline> {
     if socket.is_nonblocking() || flags & libc::MSG_DONTWAIT != 0 {
-        return Deadline::Now;
+        return Ok(Deadline::Now);
     }
-    let state = socket.lock();
+    let state = socket.lock()?;
     let timeout = if sending { state.options.send_timeout } else { state.options.receive_timeout };
-    timeout.map_or(Deadline::Never, Deadline::after)
+    Ok(timeout.map_or(Deadline::Never, Deadline::after))
 }
 
 // ---- sending
@@ -64,8 +64,8 @@ unsafe fn send(
     if flags & REFUSED != 0 {
         return Err(Errno::OPNOTSUPP);
     }
-    let until = deadline(&socket, flags, true);
-    if matches!(socket.lock().body, Body::Datagram(_)) {
+    let until = deadline(&socket, flags, true)?;
+    if matches!(socket.lock()?.body, Body::Datagram(_)) {
         // SAFETY: the caller's promise, and the program's address.
         return unsafe { super::datagram::send(&socket, list, to, until) };
     }
@@ -97,7 +97,7 @@ unsafe fn send_one(socket: &Arc<Socket>, buffer: &iovec, until: Deadline) -> Res
     let mut sent = 0;
     loop {
         // SAFETY: the caller's promise.
-        let done = unsafe { socket.lock().stream()?.send(from.wrapping_add(sent), buffer.iov_len - sent) };
+        let done = unsafe { socket.lock()?.stream()?.send(from.wrapping_add(sent), buffer.iov_len - sent) };
         match done {
             Ok(more) => sent += more,
             Err(Errno::AGAIN) => match wait::one(socket, POLLOUT, until) {
@@ -130,9 +130,9 @@ unsafe fn receive(
     if flags & REFUSED != 0 {
         return Err(Errno::OPNOTSUPP);
     }
-    let until = deadline(&socket, flags, false);
+    let until = deadline(&socket, flags, false)?;
     let peek = flags & libc::MSG_PEEK != 0;
-    if matches!(socket.lock().body, Body::Datagram(_)) {
+    if matches!(socket.lock()?.body, Body::Datagram(_)) {
         // SAFETY: the caller's promise.
         let got = unsafe { super::datagram::receive(&socket, list, peek, until) }?;
         if !from.1.is_null() {
@@ -188,7 +188,7 @@ unsafe fn receive_one(
     loop {
         // SAFETY: the caller's promise.
         let done =
-            unsafe { socket.lock().stream()?.receive(to.wrapping_add(got), buffer.iov_len - got, peek) };
+            unsafe { socket.lock()?.stream()?.receive(to.wrapping_add(got), buffer.iov_len - got, peek) };
         match done {
             Ok(0) => return Ok(got),
             Ok(more) => got += more,

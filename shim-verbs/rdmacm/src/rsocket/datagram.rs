@@ -251,7 +251,7 @@ impl Datagram {
 
 /// The socket's state as a datagram socket's.
 fn with<T>(socket: &Socket, work: impl FnOnce(&mut Datagram) -> Result<T>) -> Result<T> {
-    match &mut socket.lock().body {
+    match &mut socket.lock()?.body {
         Body::Datagram(datagram) => work(datagram),
         Body::Stream(_) => Err(Errno::OPNOTSUPP),
         Body::Closed => Err(Errno::BADF),

@@ -42,7 +42,7 @@ pub unsafe extern "C" fn riomap(
         // Without a name of the program's the buffer is called by its address.
         let offset = if offset == -1 { buf.addr() as off_t } else { offset };
         with_room(&socket, Deadline::Never, || {
-            let mut state = socket.lock();
+            let mut state = socket.lock()?;
             let conn = state.stream()?.connected()?;
             // SAFETY: the program keeps the buffer as long as it is mapped.
             unsafe { conn.map(buf, len, access, offset as u64) }
@@ -56,7 +56,7 @@ pub unsafe extern "C" fn riomap(
 pub unsafe extern "C" fn riounmap(socket: c_int, buf: *mut c_void, len: usize) -> c_int {
     edge::code(|| {
         let socket = table::find(socket)?;
-        with_room(&socket, Deadline::Never, || socket.lock().stream()?.connected()?.unmap(buf, len))
+        with_room(&socket, Deadline::Never, || socket.lock()?.stream()?.connected()?.unmap(buf, len))
     })
 }
 
@@ -72,7 +72,7 @@ unsafe fn write(
     let mut done = 0;
     while done < len {
         let step = with_room(socket, until, || {
-            let mut state = socket.lock();
+            let mut state = socket.lock()?;
             let conn = state.stream()?.connected()?;
             conn.pump();
             let (to, run) = conn.mapped(offset + done as u64).ok_or(Errno::INVAL)?;

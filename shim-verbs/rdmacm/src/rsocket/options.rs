@@ -140,7 +140,7 @@ impl Given {
 }
 
 fn set(socket: &Socket, level: c_int, name: c_int, given: &Given) -> Result<()> {
-    let mut state = socket.lock();
+    let mut state = socket.lock()?;
     let begun = matches!(&state.body, Body::Stream(stream) if stream.has_begun());
     let mut options = state.options.clone();
     let to = &mut options;
@@ -226,7 +226,7 @@ fn take_error(state: &mut State) -> c_int {
 }
 
 fn get(socket: &Socket, level: c_int, name: c_int) -> Result<Value> {
-    let mut state = socket.lock();
+    let mut state = socket.lock()?;
     let stream = matches!(state.body, Body::Stream(_));
     let error = match (level, name) {
         (libc::SOL_SOCKET, libc::SO_ERROR) => take_error(&mut state),

@@ -87,7 +87,8 @@ fn run(shared: &Weak<Shared>) {
 }
 
 fn serve(socket: &Arc<Socket>) {
-    let mut state = socket.lock();
+    // The service's own thread is in no call that could have been left.
+    let Ok(mut state) = socket.lock() else { return };
     let options = state.options.clone();
     let any = match &mut state.body {
         Body::Stream(stream) => {
@@ -102,7 +103,8 @@ fn serve(socket: &Arc<Socket>) {
 fn descriptors(sockets: &[Arc<Socket>]) -> Vec<RawFd> {
     let mut fds = Vec::new();
     for socket in sockets {
-        match &socket.lock().body {
+        let Ok(state) = socket.lock() else { continue };
+        match &state.body {
             Body::Stream(stream) => stream.served(&mut fds),
             Body::Datagram(datagram) => fds.push(datagram.cm().fd()),
             Body::Closed => {}

@@ -1,8 +1,10 @@
 //! One socket of any kind: its number, its options, its state behind one lock, and the threads that wait for it.
 
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use rustix::io::fcntl_dupfd_cloexec;
 
@@ -10,7 +12,7 @@ use super::cm::{Cm, Request};
 use super::datagram::Datagram;
 use super::options::Options;
 use super::stream::socket::Stream;
-use super::wait;
+use super::wait::{self, Bell};
 use crate::edge::{Errno, Result};
 
 /// What kind of socket, and how far it is.
@@ -27,7 +29,7 @@ pub struct State {
     pub body: Body,
     pub options: Options,
     /// Bells of the threads that sleep until something happens here.
-    pub waiters: Vec<RawFd>,
+    pub waiters: Vec<Bell>,
 }
 
 /// A socket.
@@ -40,7 +42,67 @@ pub struct Socket {
     nonblocking: AtomicBool,
     /// FD_CLOEXEC, kept for the program: no socket survives an exec.
     pub fd_flags: AtomicI32,
+    turn: Turn,
     state: Mutex<State>,
+}
+
+/// A socket's state, locked. The mutex is let go before the turn.
+pub struct Locked<'a> {
+    state: MutexGuard<'a, State>,
+    _turn: TurnTaken<'a>,
+}
+
+impl Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+/// Whose turn it is: the thread that has the state locked, or is about to, 0 for none. One word says both, so that a thread
+/// which is interrupted anywhere in between knows itself again.
+#[derive(Debug, Default)]
+struct Turn(AtomicUsize);
+
+struct TurnTaken<'a>(&'a Turn);
+
+impl Turn {
+    /// Yields this often before it sleeps between two looks: a socket is locked for as long as a copy takes.
+    const YIELDS: u32 = 1_000;
+    const PAUSE: Duration = Duration::from_millis(1);
+
+    fn take(&self) -> Result<TurnTaken<'_>> {
+        let me = this_thread();
+        let mut tries = 0;
+        // Pairs with the Release of the turn's end.
+        while let Err(other) = self.0.compare_exchange(0, me, Ordering::Acquire, Ordering::Relaxed) {
+            if other == me {
+                return Err(Errno::IO);
+            }
+            tries += 1;
+            if tries < Self::YIELDS { std::thread::yield_now() } else { std::thread::sleep(Self::PAUSE) }
+        }
+        Ok(TurnTaken(self))
+    }
+}
+
+impl Drop for TurnTaken<'_> {
+    fn drop(&mut self) {
+        self.0.0.store(0, Ordering::Release);
+    }
+}
+
+/// Different for each thread that runs, and not 0.
+fn this_thread() -> usize {
+    thread_local!(static HERE: u8 = const { 0 });
+    HERE.with(|here| std::ptr::from_ref(here).addr())
 }
 
 impl Socket {
@@ -65,7 +127,8 @@ impl Socket {
     fn new(domain: i32, options: Options, body: Body) -> Arc<Socket> {
         let state = Mutex::new(State { body, options, waiters: Vec::new() });
         let (nonblocking, fd_flags) = (AtomicBool::new(false), AtomicI32::new(0));
-        Arc::new(Socket { number: OnceLock::new(), domain, nonblocking, fd_flags, state })
+        let turn = Turn::default();
+        Arc::new(Socket { number: OnceLock::new(), domain, nonblocking, fd_flags, turn, state })
     }
 
     /// The socket's number, taken when the program first gets it. Not before: librspreload.so of rdma-core 44 looks for
@@ -74,15 +137,19 @@ impl Socket {
         if let Some(number) = self.number.get() {
             return Ok(number.as_raw_fd());
         }
-        let state = self.lock();
+        let state = self.lock()?;
         // SAFETY: open as long as the socket has a body, which it has while its state is locked.
         let fd = unsafe { BorrowedFd::borrow_raw(state.cm()?.fd()) };
         let fresh = fcntl_dupfd_cloexec(fd, 0)?;
         Ok(self.number.get_or_init(|| fresh).as_raw_fd())
     }
 
-    pub fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Locks the state. EIO if this thread has it locked: a signal handler came in between and calls again, or has left
+    /// the first call for good by longjmp(3). The state is in the middle of something then, and is not touched any more.
+    pub fn lock(&self) -> Result<Locked<'_>> {
+        let turn = self.turn.take()?;
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Locked { state, _turn: turn })
     }
 
     pub fn is_nonblocking(&self) -> bool {
@@ -95,12 +162,12 @@ impl Socket {
 
     /// Readable when [`Socket::progress`] has something to do.
     pub fn handshake(&self) -> Option<RawFd> {
-        self.lock().cm().map(Cm::fd).ok()
+        self.lock().ok()?.cm().map(Cm::fd).ok()
     }
 
     /// Moves a handshake on; true once connected.
     pub fn progress(&self) -> Result<bool> {
-        let mut state = self.lock();
+        let mut state = self.lock()?;
         let stream = state.stream()?;
         stream.progress();
         stream.outcome()

@@ -64,30 +64,33 @@ pub struct Entry {
     pub revents: i16,
 }
 
+/// What wakes a thread. It is shared with the sockets that the thread waits for, as a wait that was left by longjmp(3)
+/// never takes it out of them.
+pub type Bell = Arc<OwnedFd>;
+
 thread_local! {
-    static BELL: OnceCell<OwnedFd> = const { OnceCell::new() };
+    static BELL: OnceCell<Bell> = const { OnceCell::new() };
 }
 
 /// The calling thread's bell.
-fn bell() -> Result<RawFd> {
+fn bell() -> Result<Bell> {
     let ours = BELL.try_with(|bell| match bell.get() {
-        Some(bell) => Ok(bell.as_raw_fd()),
+        Some(bell) => Ok(Arc::clone(bell)),
         None => {
-            let fresh = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-            Ok(bell.get_or_init(|| fresh).as_raw_fd())
+            let fresh = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+            Ok(Arc::clone(bell.get_or_init(|| fresh)))
         }
     });
     ours.unwrap_or(Err(Errno::NOTCONN))
 }
 
 /// Rings all bells but the caller's own.
-pub fn ring(bells: &[RawFd]) {
-    let own = BELL.try_with(|bell| bell.get().map(AsRawFd::as_raw_fd)).ok().flatten();
-    for bell in bells.iter().filter(|bell| Some(**bell) != own) {
-        // SAFETY: waiters take their bells out of the socket, under its lock, before they close them.
-        let fd = unsafe { BorrowedFd::borrow_raw(*bell) };
+pub fn ring(bells: &[Bell]) {
+    let own = BELL.try_with(|bell| bell.get().cloned()).ok().flatten();
+    let is_own = |bell: &Bell| own.as_ref().is_some_and(|own| Arc::ptr_eq(own, bell));
+    for bell in bells.iter().filter(|bell| !is_own(bell)) {
         // A full bell has rung already.
-        let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(bell.as_ref(), &1u64.to_ne_bytes());
     }
 }
 
@@ -114,14 +117,14 @@ pub fn many(entries: &mut [Entry], deadline: Deadline) -> Result<usize> {
     }
     let bell = bell()?;
     let sockets: Vec<Arc<Socket>> = entries.iter().filter_map(|entry| entry.socket.clone()).collect();
-    let _seats: Vec<Seat> = sockets.iter().map(|socket| Seat::take(socket, bell)).collect();
+    let _seats = sockets.iter().map(|socket| Seat::take(socket, &bell)).collect::<Result<Vec<_>>>()?;
     loop {
-        sockets.iter().for_each(|socket| socket.lock().arm());
+        sockets.iter().try_for_each(|socket| socket.lock().map(|mut state| state.arm()))?;
         let ready = sweep(entries)?;
         if ready > 0 || deadline.has_passed() {
             return Ok(ready);
         }
-        sleep(entries, bell, deadline)?;
+        sleep(entries, &bell, deadline)?;
     }
 }
 
@@ -129,9 +132,11 @@ pub fn many(entries: &mut [Entry], deadline: Deadline) -> Result<usize> {
 fn sweep(entries: &mut [Entry]) -> Result<usize> {
     for entry in entries.iter_mut() {
         let Some(socket) = &entry.socket else { continue };
-        let mut state = socket.lock();
-        state.advance();
-        entry.revents = state.ready() & (entry.events | POLLERR | POLLHUP | POLLNVAL);
+        let ready = socket.lock().map(|mut state| {
+            state.advance();
+            state.ready()
+        });
+        entry.revents = ready.unwrap_or(POLLERR | POLLHUP) & (entry.events | POLLERR | POLLHUP | POLLNVAL);
     }
     if entries.iter().any(|entry| entry.socket.is_none() && entry.fd >= 0) {
         sweep_others(entries)?;
@@ -158,14 +163,14 @@ fn sweep_others(entries: &mut [Entry]) -> Result<()> {
 }
 
 /// Sleeps until something may have happened.
-fn sleep(entries: &[Entry], bell: RawFd, deadline: Deadline) -> Result<()> {
-    let mut list = vec![polled(bell, PollFlags::IN)];
+fn sleep(entries: &[Entry], bell: &Bell, deadline: Deadline) -> Result<()> {
+    let mut list = vec![polled(bell.as_raw_fd(), PollFlags::IN)];
     let mut owners = vec![None];
     for entry in entries {
         let mut fds = Vec::new();
         match &entry.socket {
             Some(socket) => {
-                socket.lock().fds(&mut fds);
+                socket.lock()?.fds(&mut fds);
                 list.extend(fds.iter().map(|fd| polled(*fd, PollFlags::IN)));
             }
             None if entry.fd >= 0 => {
@@ -185,7 +190,7 @@ fn sleep(entries: &[Entry], bell: RawFd, deadline: Deadline) -> Result<()> {
     }
     for (polled, owner) in list.iter().zip(&owners) {
         if let (false, Some(socket)) = (polled.revents().is_empty(), owner) {
-            socket.lock().woken();
+            socket.lock()?.woken();
         }
     }
     Ok(())
@@ -194,20 +199,20 @@ fn sleep(entries: &[Entry], bell: RawFd, deadline: Deadline) -> Result<()> {
 /// A waiter's place at a socket.
 struct Seat<'a> {
     socket: &'a Arc<Socket>,
-    bell: RawFd,
+    bell: &'a Bell,
 }
 
 impl<'a> Seat<'a> {
-    fn take(socket: &'a Arc<Socket>, bell: RawFd) -> Self {
-        socket.lock().waiters.push(bell);
-        Seat { socket, bell }
+    fn take(socket: &'a Arc<Socket>, bell: &'a Bell) -> Result<Self> {
+        socket.lock()?.waiters.push(Arc::clone(bell));
+        Ok(Seat { socket, bell })
     }
 }
 
 impl Drop for Seat<'_> {
     fn drop(&mut self) {
-        let mut state = self.socket.lock();
-        if let Some(at) = state.waiters.iter().position(|bell| *bell == self.bell) {
+        let Ok(mut state) = self.socket.lock() else { return };
+        if let Some(at) = state.waiters.iter().position(|bell| Arc::ptr_eq(bell, self.bell)) {
             state.waiters.swap_remove(at);
         }
     }

@@ -127,6 +127,11 @@ fn streams_carry_every_byte_once() {
 }
 
 #[test]
+fn a_call_may_be_left_by_longjmp() {
+    run_with_router("rs_longjmp");
+}
+
+#[test]
 fn xrc_endpoints_share_receives() {
     run_with_router("xrc");
 }
