@@ -16,6 +16,10 @@ use std::ffi::c_int;
 use std::mem::{size_of, zeroed};
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// Inline data that a queue pair takes whatever was asked for: NICs have room for that in each entry, and programs that ask
+/// for none (rdma_xclient) post some all the same.
+const LEAST_INLINE: u32 = 64;
+
 const NEWER: usize = (QP_EX_MAX_SIZE - size_of::<ibv_qp_ex>()) / size_of::<usize>();
 
 /// A QP as clients see it, as long as the longest release of rdma-core has it.
@@ -78,6 +82,7 @@ unsafe fn create_core(
     // SAFETY: the caller's promise.
     let srq = (!init.srq.is_null()).then(|| unsafe { Srq::of(init.srq) });
     let mut caps = caps_from_c(&init.cap);
+    caps.max_inline_data = caps.max_inline_data.max(LEAST_INLINE);
     if srq.is_some() || receives_nothing {
         (caps.max_recv_wr, caps.max_recv_sge) = (0, 0);
     }
