@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use crate::failure::{Context as _, Failure, Result};
-use crate::{layout, packages, process};
+use crate::failure::{Context as _, Result};
+use crate::{layout, packages, portable, process};
 
 /// Packages that make the tree, and what cargo calls their products.
-const PACKAGES: [&str; 6] = [
+pub const PACKAGES: [&str; 6] = [
     "freeflow-router",
     "freeflow-verbs",
     "freeflow-rdmacm",
@@ -51,19 +51,16 @@ const SHARED: [(&str, &str); 8] = [
 const LIMIT: Duration = Duration::from_secs(1800);
 
 pub fn run(portable: bool) -> Result<ExitCode> {
-    if portable {
-        return Err(Failure::new("dist --portable is not there yet; dist makes the tree for this system"));
-    }
-    let tree = build()?;
-    eprintln!("xtask: the same as a file: {}", pack(&tree)?.display());
+    let (tree, mark) = if portable { (portable::build()?, "-portable") } else { (build()?, "") };
+    eprintln!("xtask: the same as a file: {}", pack(&tree, mark)?.display());
     println!("{}", tree.display());
     Ok(ExitCode::SUCCESS)
 }
 
 /// The tree as a tarball, of the same bytes for the same tree: `tar -C /usr/local --strip-components=1 -xf` installs it.
-fn pack(tree: &Path) -> Result<PathBuf> {
+fn pack(tree: &Path, mark: &str) -> Result<PathBuf> {
     let name = format!("freeflow-{}", env!("CARGO_PKG_VERSION"));
-    let file = layout::target().join(format!("{name}-linux-{}.tar.gz", std::env::consts::ARCH));
+    let file = layout::target().join(format!("{name}-linux-{}{mark}.tar.gz", std::env::consts::ARCH));
     let mut tar = Command::new("tar");
     tar.args([
         "--sort=name",
@@ -93,7 +90,7 @@ pub fn build() -> Result<PathBuf> {
 }
 
 /// Lays a new tree out aside and puts it in the old one's place, so that nothing old stays in it.
-fn assemble(built: &Path, tree: &Path) -> Result<()> {
+pub fn assemble(built: &Path, tree: &Path) -> Result<()> {
     let aside = tree.with_extension("new");
     remove(&aside)?;
     let files = FILES.map(|(from, to)| (built.join(from), to));
@@ -109,6 +106,11 @@ fn assemble(built: &Path, tree: &Path) -> Result<()> {
     }
     remove(tree)?;
     fs::rename(&aside, tree).context(format_args!("cannot put {} in place", tree.display()))
+}
+
+/// What of a tree the dynamic linker loads.
+pub fn binaries() -> impl Iterator<Item = &'static str> {
+    FILES.iter().map(|(_, to)| *to)
 }
 
 fn remove(dir: &Path) -> Result<()> {

@@ -6,11 +6,13 @@
 mod bench;
 mod demo;
 mod dist;
+mod example;
 mod failure;
 mod hugepages;
 mod layout;
 mod packages;
 mod perftest;
+mod portable;
 mod process;
 mod safety;
 mod soak;
@@ -47,6 +49,9 @@ enum Command {
     Soak(Soak),
     /// Measure: results under target/bench
     Bench(bench::Options),
+    /// Run whole programs over FreeFlow: results under target/examples
+    #[command(subcommand)]
+    Example(example::Example),
 }
 
 #[derive(Debug, Subcommand)]
@@ -84,6 +89,7 @@ fn main() -> ExitCode {
         Command::Soak(Soak::Wire(args)) => safety::wire(&args),
         Command::Soak(Soak::Revoke(args)) => safety::revoke(&args),
         Command::Bench(options) => bench::run(&options),
+        Command::Example(example) => example::run(&example),
     };
     result.unwrap_or_else(|failure| {
         eprintln!("xtask: {failure}");

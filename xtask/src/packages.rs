@@ -29,6 +29,7 @@ pub const CLIENTS: &[Package] = &[
     ("curl", "its client"),
     ("perftest", "ib_write_bw and its family"),
     ("qperf", "rc_*, ud_* and tcp_* measurements"),
+    ("libfabric-bin", "fi_info and fi_pingpong"),
     ("fio", "its rdma engine"),
 ];
 /// What the tests are built with and look at.
@@ -50,6 +51,12 @@ pub const BENCH: &[Package] = &[
     ("gcc", "compiles the probes, and is the busy third program"),
     ("libc6-dev", "headers for them"),
     ("libibverbs-dev", "verbs headers, for the probes that use the device"),
+];
+/// What the tree for old systems is built with beyond [`BUILD`], and where it is tried.
+pub const PORTABLE: &[Package] = &[
+    ("python3-venv", "fetches PyPI's zig and cargo-zigbuild, which link with an old libc"),
+    ("binutils", "objdump, for the versions of glibc's symbols"),
+    ("mmdebstrap", "makes the roots of other Debian releases"),
 ];
 /// UCX and the MPIs over it.
 pub const UCX: &[Package] = &[

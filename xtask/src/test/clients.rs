@@ -52,18 +52,28 @@ impl Client {
         Self { server: Some(server), command: format!("{command} @c1"), checks: checks.to_vec() }
     }
 
-    fn pair(server: &str, ends: bool, command: &str, checks: &[Check]) -> Self {
+    pub fn pair(server: &str, ends: bool, command: &str, checks: &[Check]) -> Self {
         let server = Server { command: server.to_owned(), ends };
         Self { server: Some(server), command: command.to_owned(), checks: checks.to_vec() }
     }
 }
 
-/// Those with a server, which may be on another host.
-pub fn pairs() -> Vec<Client> {
-    all().into_iter().filter(|client| client.server.is_some()).collect()
+pub fn all() -> Vec<Client> {
+    [anywhere(), on_one_host()].concat()
 }
 
-pub fn all() -> Vec<Client> {
+/// What has not been tried between hosts.
+fn on_one_host() -> Vec<Client> {
+    let xrc = Client::pair("rdma_xserver -c x", true, "rdma_xclient -c x -s @c1", &[Says("end 0")]);
+    [vec![xrc], libfabric()].concat()
+}
+
+/// Those with a server, which may be on another host.
+pub fn pairs() -> Vec<Client> {
+    anywhere().into_iter().filter(|client| client.server.is_some()).collect()
+}
+
+fn anywhere() -> Vec<Client> {
     [
         devices(),
         pingpongs(),
@@ -151,6 +161,19 @@ fn xrc() -> Vec<Client> {
     list
 }
 
+fn libfabric() -> Vec<Client> {
+    let pingpong = |options: &str, size: &'static str| {
+        let command = format!("fi_pingpong {options} -I 1000 -S all");
+        Client::same(&command, &[Says(size), NeverSays("error")])
+    };
+    vec![
+        Client::alone("fi_info -p verbs", &[Says("provider: verbs"), Says("FI_EP_MSG"), Says("FI_EP_DGRAM")]),
+        pingpong("-p verbs -e msg", "1m"),
+        pingpong("-p 'verbs;ofi_rxm' -e rdm", "1m"),
+        Client::same("fi_pingpong -p verbs -e dgram -I 1000", &[Says("4k"), NeverSays("error")]),
+    ]
+}
+
 fn atomics() -> Vec<Client> {
     let mut list = Vec::new();
     for kind in ["FETCH_AND_ADD", "CMP_AND_SWAP"] {
@@ -169,6 +192,7 @@ fn rdma_cm() -> Vec<Client> {
         Client::pair("udaddy", true, "udaddy -s @c1", &[Says("return status 0")]),
         Client::pair("udaddy -c 5 -C 20", true, "udaddy -c 5 -C 20 -s @c1", &[Says("return status 0")]),
         Client::pair("rdma_server", true, "rdma_client -s @c1", &[Says("end 0")]),
+        Client::pair("rdma_xserver", true, "rdma_xclient -s @c1", &[Says("end 0")]),
         Client::pair(
             "cmtime -c 50",
             false,
@@ -235,7 +259,14 @@ fn preloaded() -> Vec<Client> {
         ),
         &[Says("file: OK")],
     );
-    vec![iperf(""), iperf("-R"), iperf("-P 4"), web]
+    // It leaves its calls by longjmp, and must end by itself: timeout kills it otherwise.
+    let interrupted = Client::pair(
+        &through("iperf3 -s -1"),
+        false,
+        &format!("{}; test $? = 124", through("timeout -k 10 1 iperf3 -c @c1 -t 60")),
+        &[Check::Anywhere("interrupt - the client has terminated")],
+    );
+    vec![iperf(""), iperf("-R"), iperf("-P 4"), interrupted, web]
 }
 
 fn qperf() -> Vec<Client> {

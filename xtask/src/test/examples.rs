@@ -49,10 +49,10 @@ fn compile(dir: &OpenDir, source: &str, library: &str) -> std::result::Result<St
 }
 
 /// A directory that a lab's users may enter, which a clone in a private home directory is not. Not in /tmp: a lab has its own.
-struct OpenDir(PathBuf);
+pub struct OpenDir(pub PathBuf);
 
 impl OpenDir {
-    fn make() -> std::result::Result<Self, String> {
+    pub fn make() -> std::result::Result<Self, String> {
         let path = PathBuf::from(format!("/var/tmp/freeflow-example-{}", std::process::id()));
         let made = fs::create_dir(&path);
         made.map_err(|error| format!("cannot make {}: {error}", path.display()))?;

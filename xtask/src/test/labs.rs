@@ -1,5 +1,6 @@
 //! Running clients in labs, and checks of the lab itself.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -42,11 +43,20 @@ impl Place {
 
 /// Runs a client in a lab of its own.
 pub fn run_client(client: &Client, place: Place) -> Outcome {
-    let mut done = lab(&arguments(client, place))?;
+    let mut done = lab(&layout::freeflow(), &arguments(client, place))?;
     if [&done.stdout, &done.stderr].iter().any(|said| said.contains(LOST_RACE)) {
-        done = lab(&arguments(client, place))?;
+        done = lab(&layout::freeflow(), &arguments(client, place))?;
     }
     judge(client, place, &done).map_err(|why| format!("{why}\n{}", done.tail()))
+}
+
+/// The same with another tree's binary, in containers of another root file system.
+pub fn run_client_in(client: &Client, binary: &Path, root: &str) -> Outcome {
+    let mut all = vec!["--rootfs".to_owned(), root.to_owned()];
+    all.extend(arguments(client, Place::OneHost));
+    let done = lab(binary, &all)?;
+    let judged = judge(client, Place::OneHost, &done);
+    judged.map_err(|why| format!("{} in {root}: {why}\n{}", client.name(), done.tail()))
 }
 
 /// The lab's arguments. A server that ends by itself is waited for: it reports through a pipe in its container's /tmp
@@ -72,8 +82,8 @@ fn arguments(client: &Client, place: Place) -> Vec<String> {
     [hosts, runs].concat()
 }
 
-fn lab(arguments: &[String]) -> std::result::Result<Done, String> {
-    let mut command = Command::new(layout::freeflow());
+fn lab(binary: &Path, arguments: &[String]) -> std::result::Result<Done, String> {
+    let mut command = Command::new(binary);
     command.arg("lab").args(arguments);
     process::run(&mut command, LIMIT, Echo::Quiet).map_err(|failure| failure.to_string())
 }
@@ -192,7 +202,7 @@ impl LabCheck {
 
     pub fn run(&self) -> Outcome {
         let arguments: Vec<String> = self.arguments.iter().map(|&a| a.to_owned()).collect();
-        let done = lab(&arguments)?;
+        let done = lab(&layout::freeflow(), &arguments)?;
         if done.timed_out || done.status.code() != Some(self.status) {
             return Err(format!("{}, expected {}\n{}", done.how(), self.status, done.tail()));
         }

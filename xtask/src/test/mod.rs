@@ -7,6 +7,7 @@ mod device_files;
 mod examples;
 mod labs;
 mod operators;
+mod releases;
 mod ucx;
 mod verbs_docs;
 mod verbs_suite;
@@ -90,6 +91,7 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
         packages::VERBS_SUITE,
         packages::UCX,
         packages::NCCL,
+        packages::PORTABLE,
     ])?;
     let tree = dist::build()?;
     let chosen = |name: &str| filter.is_none_or(|f| name.contains(f));
@@ -119,6 +121,7 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     if chosen(device_files::NAME) {
         tally.check(device_files::NAME, device_files::run);
     }
+    releases::run(&mut tally, chosen);
     if chosen(containers::NAME) {
         tally.check(containers::NAME, containers::run);
     }
