@@ -11,7 +11,7 @@ use crate::exec::LocalTable;
 use crate::ring::{Completion, INLINE_BYTES, QpShared, RecvSlot, RqShared, SlotPayload, Taken};
 use crate::shm::{LocalBytes, SharedBytes, View, copy_out, prefetch_for_write};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use crate::verbs::{Access, QpState, QpType, SendOp, Sge, Wc, WcOpcode, WcStatus, limits, wc_flags};
+use crate::verbs::{Access, QpState, QpType, SendOp, Sge, Wc, WcOpcode, WcStatus, limits, wc_flags, wc_sl};
 
 use super::link::LinkLane;
 use super::qp::Qp;
@@ -415,6 +415,11 @@ impl PrivateRecv {
         wc.imm_data = said.imm;
         wc.src_qp = said.src_qp;
         wc.wc_flags = u32::from(said.flags) & (wc_flags::WITH_IMM | wc_flags::GRH | wc_flags::WITH_INV);
+        wc.sl = match (wc.wc_flags & wc_flags::GRH != 0, said.flags & Completion::IPV4 != 0) {
+            (false, _) => 0,
+            (true, true) => wc_sl::IPV4,
+            (true, false) => wc_sl::IPV6,
+        };
     }
 
     /// Copies an inline payload into the receive's buffers, whose keys must still hold.

@@ -587,7 +587,7 @@ fn datagram<M: PeerMemory>(
     let done = Completion {
         status: WcStatus::Success as u8,
         opcode: WcOpcode::Recv as u8,
-        flags: flags_of(request) | wc_flags::GRH as u8,
+        flags: flags_of(request) | wc_flags::GRH as u8 | if header[0] == 0 { Completion::IPV4 } else { 0 },
         byte_len: whole.total as u32,
         imm: request.imm,
         src_qp: env.qpn,

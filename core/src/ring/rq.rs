@@ -97,7 +97,7 @@ pub struct Completion {
     pub status: u8,
     /// A `verbs::WcOpcode` value as the receiver sees it, low 8 bits.
     pub opcode: u8,
-    /// `verbs::wc_flags`, and [`Completion::INLINE`], [`Completion::SOLICITED`].
+    /// `verbs::wc_flags`, and [`Completion::INLINE`], [`Completion::SOLICITED`], [`Completion::IPV4`].
     pub flags: u8,
     pub byte_len: u32,
     /// As on the wire (big endian), untouched.
@@ -111,6 +111,8 @@ pub struct Completion {
 impl Completion {
     /// The payload is in the slot, not in the receive's buffers.
     pub const INLINE: u8 = 0x80;
+    /// The header in front of a datagram is an IPv4 one.
+    pub const IPV4: u8 = 0x04;
     /// The sender asked for a solicited event.
     pub const SOLICITED: u8 = 0x40;
     /// The sender died with the receive in hand: nothing was received.

@@ -54,6 +54,13 @@ pub struct Wc {
     pub dlid_path_bits: u8,
 }
 
+/// What a datagram's `sl` says on Ethernet: which header is in front of it. mlx5 has it so, and UCX (up to 1.18) believes it of
+/// every NIC.
+pub mod wc_sl {
+    pub const IPV6: u8 = 0b1001;
+    pub const IPV4: u8 = 0b1010;
+}
+
 /// `ibv_wc_flags`.
 pub mod wc_flags {
     pub const GRH: u32 = 1;

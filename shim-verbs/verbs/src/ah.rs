@@ -49,13 +49,8 @@ pub unsafe extern "C" fn ibv_destroy_ah(ah: *mut ibv_ah) -> c_int {
 
 /// Reads the way back out of a received datagram.
 fn way_back(port_num: u8, wc: &ibv_wc, grh: Option<&[u8; GRH_LEN]>, ours: [u8; 16]) -> Result<ibv_ah_attr> {
-    let mut attr = ibv_ah_attr {
-        sl: wc.sl,
-        dlid: wc.slid,
-        src_path_bits: wc.dlid_path_bits,
-        port_num,
-        ..zeroed_ah_attr()
-    };
+    let mut attr =
+        ibv_ah_attr { dlid: wc.slid, src_path_bits: wc.dlid_path_bits, port_num, ..zeroed_ah_attr() };
     if wc.wc_flags & IBV_WC_GRH != 0 {
         let sender = Sender::parse(grh.ok_or(EINVAL)?)?;
         if sender.destination != ours {
