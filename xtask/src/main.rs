@@ -70,6 +70,8 @@ enum Soak {
     Wire(safety::Wire),
     /// Everything of the UCX transport, on every UCX release; FILTER selects as in test
     Ucx { filter: Option<String> },
+    /// The portable tree, and clients of other rdma-core and Debian releases; FILTER selects as in test
+    Releases { filter: Option<String> },
     /// Deregistration while a copier is stopped at each of its steps
     Revoke(safety::Revoke),
 }
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
         Command::Docs => test::docs(),
         Command::Dist { portable } => dist::run(portable),
         Command::Soak(Soak::Fresh) => soak::fresh(),
+        Command::Soak(Soak::Releases { filter }) => test::releases(filter.as_deref()),
         Command::Soak(Soak::Ucx { filter }) => test::ucx_matrix(filter.as_deref()),
         Command::Soak(Soak::Kill(args)) => safety::kill(&args),
         Command::Soak(Soak::Hostile(args)) => safety::hostile(&args),

@@ -65,7 +65,7 @@ pub fn all() -> Vec<Client> {
 /// What has not been tried between hosts.
 fn on_one_host() -> Vec<Client> {
     let xrc = Client::pair("rdma_xserver -c x", true, "rdma_xclient -c x -s @c1", &[Says("end 0")]);
-    [vec![xrc], libfabric()].concat()
+    [vec![xrc], multicast(), libfabric(), verbs_transports()].concat()
 }
 
 /// Those with a server, which may be on another host.
@@ -152,6 +152,13 @@ fn shared_receives() -> Vec<Client> {
     ]
 }
 
+/// The receiver listens on no port, so the lab starts the sender ten seconds later.
+fn multicast() -> Vec<Client> {
+    let receiver = "mckey -m 239.1.2.3 -b 10.77.1.1";
+    let sender = "mckey -m 239.1.2.3 -b 10.77.1.2 -s";
+    vec![Client::pair(receiver, true, sender, &[Says("return status 0"), NeverSays("failure")])]
+}
+
 fn xrc() -> Vec<Client> {
     let mut list = vec![Client::same("ibv_xsrq_pingpong -g 0", &[Says("success")])];
     for verb in ["write", "read", "send"] {
@@ -172,6 +179,29 @@ fn libfabric() -> Vec<Client> {
         pingpong("-p 'verbs;ofi_rxm' -e rdm", "1m"),
         Client::same("fi_pingpong -p verbs -e dgram -I 1000", &[Says("4k"), NeverSays("error")]),
     ]
+}
+
+/// UCX over its own verbs transports, which look for the device's files. Nothing else is allowed: what works went that way. rc_v is
+/// rc_verbs with ud_verbs beside it, by which it connects: alone it knows no way to its peer, on any NIC.
+fn verbs_transports() -> Vec<Client> {
+    let tests = [
+        "tag_lat -s 8",
+        "tag_lat -s 65536",
+        "tag_bw -s 65536",
+        "ucp_put_lat -s 8",
+        "ucp_get -s 65536",
+        "ucp_fadd -s 8",
+    ];
+    let mut list =
+        vec![Client::alone("ucx_info -d", &[Says("Transport: rc_verbs"), Says("Transport: ud_verbs")])];
+    for transport in ["rc_v", "ud_verbs"] {
+        let ucx = format!("UCX_TLS={transport},self ucx_perftest");
+        for test in tests {
+            let client = format!("{ucx} @c1 -t {test} -n 1000 -w 100 -f");
+            list.push(Client::pair(&ucx, true, &client, &[Says("1000")]));
+        }
+    }
+    list
 }
 
 fn atomics() -> Vec<Client> {

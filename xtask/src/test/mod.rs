@@ -8,6 +8,7 @@ mod examples;
 mod labs;
 mod operators;
 mod releases;
+mod transports;
 mod ucx;
 mod verbs_docs;
 mod verbs_suite;
@@ -91,7 +92,6 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
         packages::VERBS_SUITE,
         packages::UCX,
         packages::NCCL,
-        packages::PORTABLE,
     ])?;
     let tree = dist::build()?;
     let chosen = |name: &str| filter.is_none_or(|f| name.contains(f));
@@ -118,6 +118,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
         tally.check(name, check);
     }
     ucx::run(&mut tally, chosen);
+    for (transport, name) in transports::CHECKS.iter().filter(|(_, name)| chosen(name)) {
+        tally.check(name, || transports::openmpi(transport));
+    }
     if chosen(device_files::NAME) {
         tally.check(device_files::NAME, device_files::run);
     }
@@ -144,6 +147,16 @@ pub fn ucx_matrix(filter: Option<&str>) -> Result<ExitCode> {
     dist::build()?;
     let mut tally = Tally::default();
     ucx::matrix(&mut tally, |name| filter.is_none_or(|f| name.contains(f)));
+    summary(&tally, filter, start)
+}
+
+/// `cargo xtask soak releases`: the portable tree, and clients of other rdma-core and Debian releases.
+pub fn releases(filter: Option<&str>) -> Result<ExitCode> {
+    let start = Instant::now();
+    packages::ensure(&[packages::LAB, packages::TESTS, packages::PORTABLE])?;
+    dist::build()?;
+    let mut tally = Tally::default();
+    releases::matrix(&mut tally, |name| filter.is_none_or(|f| name.contains(f)));
     summary(&tally, filter, start)
 }
 

@@ -31,6 +31,11 @@ pub fn run(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
             tally.check(&name, || built(version));
         }
     }
+}
+
+/// All of that, the portable tree, and the clients of other Debian releases.
+pub fn matrix(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
+    run(tally, &chosen);
     if chosen(PORTABLE) {
         tally.check(PORTABLE, portable_tree);
     }
