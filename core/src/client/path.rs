@@ -14,7 +14,7 @@ use crate::verbs::{Gid, QpType};
 use super::conn::Conn;
 use super::peers::{PeerQp, PeerSrq};
 
-/// The extent used last: most requests of a QP go to one MR.
+/// An extent used of late.
 #[derive(Debug)]
 struct Recent {
     key: u32,
@@ -25,24 +25,56 @@ struct Recent {
     _map: Arc<Mapping>,
 }
 
+/// The extents used last. Two: most requests of a QP go to one MR, or in turn to one with data and one with a word that
+/// says so.
+#[derive(Debug, Default)]
+struct Recents {
+    held: [Option<Recent>; 2],
+    /// Which of them was used last: the other one goes next.
+    last: usize,
+}
+
+impl Recents {
+    /// What is behind `va`, if `key` was used there of late.
+    #[inline(always)]
+    fn find(&mut self, key: u32, va: u64) -> Option<SharedBytes> {
+        for (index, recent) in self.held.iter().enumerate() {
+            if let Some(recent) = recent
+                && recent.key == key
+                && let Some(bytes) =
+                    va.checked_sub(recent.from).and_then(|skipped| recent.bytes.from(skipped))
+            {
+                self.last = index;
+                return Some(bytes);
+            }
+        }
+        None
+    }
+
+    fn keep(&mut self, recent: Recent) {
+        self.last ^= 1;
+        self.held[self.last] = Some(recent);
+    }
+}
+
 /// A resolved peer and what this side remembers of its memory.
 #[derive(Debug)]
 pub struct DirectPath {
     pub peer: PeerQp,
     dgid: Gid,
-    recent: Option<Recent>,
+    recents: Recents,
     retired: Arc<Retired>,
 }
 
 impl DirectPath {
     pub fn new(peer: PeerQp, dgid: Gid, retired: Arc<Retired>) -> Self {
-        DirectPath { peer, dgid, recent: None, retired }
+        DirectPath { peer, dgid, recents: Recents::default(), retired }
     }
 
     /// Binds the path to one request.
     #[inline(always)]
     pub fn bind<'a>(&'a mut self, conn: &'a Conn, qpn: u32) -> (crate::exec::Peer<'a>, Bound<'a>) {
-        let DirectPath { peer, dgid, recent, retired } = self;
+        let DirectPath { peer, dgid, recents, retired } = self;
         let view = crate::exec::Peer {
             qp: &peer.qp[0],
             rq: RqShared::new(&peer.slots),
@@ -54,7 +86,7 @@ impl DirectPath {
             pd: peer.pd,
             qpn: peer.qpn,
         };
-        (view, Bound { peer, recent, conn, qpn, dgid, retired })
+        (view, Bound { peer, recents, conn, qpn, dgid, retired })
     }
 }
 
@@ -62,7 +94,7 @@ impl DirectPath {
 #[derive(Debug)]
 pub struct Bound<'a> {
     peer: &'a PeerQp,
-    recent: &'a mut Option<Recent>,
+    recents: &'a mut Recents,
     conn: &'a Conn,
     qpn: u32,
     dgid: &'a Gid,
@@ -89,9 +121,9 @@ impl Bound<'_> {
         let Ok(map) = self.peer.memory_of(view.pd).window(extent) else { return Some(Reach::Far(len)) };
         // The window begins with the extent's first page.
         let first = map.base().wrapping_add((extent.va % PAGE) as usize);
-        // SAFETY: whole pages around the extent are mapped, and stay so while `Recent` holds the mapping.
+        // SAFETY: whole pages around the extent are mapped, and stay so while a `Recent` holds the mapping.
         let bytes = unsafe { SharedBytes::new(first, extent.len as usize) };
-        *self.recent = Some(Recent { key, from: extent.va, bytes, _map: map });
+        self.recents.keep(Recent { key, from: extent.va, bytes, _map: map });
         self.hit(key, va, len)
     }
 
@@ -105,10 +137,8 @@ impl Bound<'_> {
     }
 
     #[inline(always)]
-    fn hit(&self, key: u32, va: u64, len: u64) -> Option<Reach> {
-        let recent = self.recent.as_ref().filter(|recent| recent.key == key)?;
-        let bytes = recent.bytes.from(va.checked_sub(recent.from)?)?;
-        Some(Reach::Here(bytes.first(len)))
+    fn hit(&mut self, key: u32, va: u64, len: u64) -> Option<Reach> {
+        self.recents.find(key, va).map(|bytes| Reach::Here(bytes.first(len)))
     }
 }
 
