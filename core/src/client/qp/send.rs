@@ -113,19 +113,41 @@ pub fn gather_inline(sges: &[Sge], buffer: &mut [u8]) -> u32 {
 impl Qp {
     /// ibv_post_send(3), one request.
     pub fn post_send(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
+        let mut side = self.send.lock();
+        let posted = self.post(&mut side, wr);
+        self.unlock_and_list(side);
+        posted
+    }
+
+    /// Several, in order; the error names the first that was not posted. The queue's lock is taken once: between two
+    /// requests it would wait until the cache lines of the first have come.
+    pub fn post_sends(self: &Arc<Self>, wrs: &[SendWr<'_>]) -> Result<(), (usize, Errno)> {
+        let mut side = self.send.lock();
+        let mut posted = Ok(());
+        for (index, wr) in wrs.iter().enumerate() {
+            posted = self.post(&mut side, wr).map_err(|errno| (index, errno));
+            if posted.is_err() {
+                break;
+            }
+        }
+        self.unlock_and_list(side);
+        posted
+    }
+
+    #[inline(always)]
+    fn post(self: &Arc<Self>, side: &mut SendSide, wr: &SendWr<'_>) -> Result<(), Errno> {
         self.check(&wr.request)?;
         match &wr.request.target {
             Target::Datagram(dest) => {
                 let request = Request { target: self.own_qkey(*dest), ..wr.request };
-                self.queue(&SendWr { request, ..*wr })
+                self.queue(side, &SendWr { request, ..*wr })
             }
-            _ => self.queue(wr),
+            _ => self.queue(side, wr),
         }
     }
 
-    #[inline]
-    fn queue(self: &Arc<Self>, wr: &SendWr<'_>) -> Result<(), Errno> {
-        let mut side = self.send.lock();
+    #[inline(always)]
+    fn queue(self: &Arc<Self>, side: &mut SendSide, wr: &SendWr<'_>) -> Result<(), Errno> {
         // Asked under the lock: a request behind one that failed is flushed, whichever thread posts it.
         let state = self.state();
         if matches!(state, QpState::Reset | QpState::Init | QpState::Rtr) {
@@ -137,12 +159,11 @@ impl Qp {
         self.lanes.send.begin(side.queue.posted.wrapping_add(1));
         self.send_cq.sending(self.send_bit);
         if side.queue.is_idle() && state == QpState::Rts && !side.is_link() {
-            self.post_idle(&mut side, wr);
+            self.post_idle(side, wr);
         } else {
             side.queue.push(wr);
-            self.run_queue(&mut side, false);
+            self.run_queue(side, false);
         }
-        self.unlock_and_list(side);
         Ok(())
     }
 
