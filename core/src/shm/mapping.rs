@@ -1,12 +1,13 @@
 //! A mapped piece of a memfd, and typed views into it.
 
+use std::ffi::c_void;
 use std::ops::Deref;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// Types that may be looked at in memory other processes write.
 ///
@@ -45,6 +46,9 @@ unsafe impl Shared for crate::ring::LinkWord {}
 
 unsafe impl Shared for crate::sync::AtomicU64 {}
 
+/// Size of a huge page.
+const HUGE: usize = 2 << 20;
+
 /// A shared mapping; unmapped when dropped.
 #[derive(Debug)]
 pub struct Mapping {
@@ -64,8 +68,12 @@ impl Mapping {
     /// that holds it.
     pub fn new(fd: impl AsFd, offset: u64, len: usize, writable: bool) -> Result<Self, Errno> {
         let prot = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
-        let base = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?;
+        let base = if len < HUGE {
+            // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
+            unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, fd, offset) }?
+        } else {
+            map_congruent(fd, offset, len, prot)?
+        };
         let base = NonNull::new(base.cast()).ok_or(Errno::NOMEM)?;
         Ok(Mapping { base, len, pid: std::process::id() })
     }
@@ -106,6 +114,29 @@ impl Mapping {
         // SAFETY: in bounds, aligned (mappings are page-aligned), valid for any bytes by `Shared`, and alive as long as self.
         Some(unsafe { std::slice::from_raw_parts(first.cast::<T>(), count) })
     }
+}
+
+/// Maps at an address that agrees with the offset modulo [`HUGE`]: only then are the file's huge pages huge here, too.
+fn map_congruent(fd: impl AsFd, offset: u64, len: usize, prot: ProtFlags) -> Result<*mut c_void, Errno> {
+    let len = len.checked_next_multiple_of(super::PAGE as usize).ok_or(Errno::NOMEM)?;
+    let room = len.checked_add(HUGE).ok_or(Errno::NOMEM)?;
+    let reserve = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
+    let start = unsafe { mmap_anonymous(std::ptr::null_mut(), room, ProtFlags::empty(), reserve) }?;
+    let lead = (offset as usize).wrapping_sub(start.addr()) % HUGE;
+    let base = start.wrapping_byte_add(lead);
+    // SAFETY: over a part of what was just reserved: lead < HUGE.
+    let mapped = unsafe { mmap(base, len, prot, MapFlags::SHARED | MapFlags::FIXED, fd, offset) };
+    let rest = base.wrapping_byte_add(len);
+    let unused = match mapped {
+        Ok(_) => [(start, lead), (rest, HUGE - lead)],
+        Err(_) => [(start, room), (start, 0)],
+    };
+    for (at, len) in unused.into_iter().filter(|(_, len)| *len > 0) {
+        // SAFETY: reserved above and not mapped over; nobody else knows of it.
+        let _ = unsafe { munmap(at, len) };
+    }
+    mapped
 }
 
 impl Drop for Mapping {
@@ -158,3 +189,23 @@ impl<T: Shared> Deref for View<T> {
 unsafe impl<T: Shared> Send for View<T> {}
 // SAFETY: as above.
 unsafe impl<T: Shared> Sync for View<T> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shm::make_memfd;
+
+    #[test]
+    fn large_mappings_agree_with_their_offset() {
+        let fd = make_memfd("large", 4 * HUGE as u64).expect("memfd");
+        for page in [0, 1, 200, 511] {
+            let offset = page * crate::shm::PAGE;
+            let map = Mapping::new(&fd, offset, HUGE + 4096, true).expect("mapping");
+            assert_eq!(map.base().addr() % HUGE, offset as usize % HUGE);
+            // SAFETY: the first byte of a mapping.
+            unsafe { map.base().write_volatile(page as u8) };
+            // SAFETY: its last.
+            unsafe { map.base().wrapping_add(map.len() - 1).write_volatile(1) };
+        }
+    }
+}
