@@ -76,6 +76,18 @@ pub fn prefetch_for_write<T>(place: &T) {
     let _ = place;
 }
 
+/// The same of a line that this processor will read soon.
+#[inline]
+pub fn prefetch_for_read<T>(place: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint to the processor, which touches nothing and cannot fault.
+    unsafe {
+        std::arch::asm!("prefetcht0 [{}]", in(reg) place, options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
 /// Copies local bytes into shared pages, last bytes last.
 ///
 /// # Safety

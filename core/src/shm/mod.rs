@@ -10,7 +10,9 @@ mod memfd;
 mod windows;
 
 pub use bell::{Bell, hush, make_bell};
-pub use copy::{LocalBytes, SharedBytes, atomic_word, copy_in, copy_out, prefetch_for_write};
+pub use copy::{
+    LocalBytes, SharedBytes, atomic_word, copy_in, copy_out, prefetch_for_read, prefetch_for_write,
+};
 pub use mapping::{Mapping, Shared, View};
 pub use memfd::{is_sealed_memfd, make_memfd, make_owned_memfd, reopen_read_only, seal_for_owner};
 pub use windows::PdMemoryView;
