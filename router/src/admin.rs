@@ -129,6 +129,8 @@ pub struct PsQp {
     /// `direct`, `routed`, `link:tcp`, ...; none before the QP is connected.
     pub path: Option<String>,
     pub peer: Option<PsPeer>,
+    /// Of its address handle.
+    pub traffic_class: u8,
     pub tx_bytes: u64,
     pub rx_bytes: u64,
     pub errors: u64,
@@ -323,12 +325,14 @@ mod tests {
             state: "INIT".into(),
             path: None,
             peer: None,
+            traffic_class: 104,
             tx_bytes: 1,
             rx_bytes: 2,
             errors: 3,
         };
         let json = serde_json::to_value(qp).unwrap();
-        for key in ["qpn", "type", "state", "path", "peer", "tx_bytes", "rx_bytes", "errors"] {
+        for key in ["qpn", "type", "state", "path", "peer", "traffic_class", "tx_bytes", "rx_bytes", "errors"]
+        {
             assert!(json.get(key).is_some(), "{key} is missing in {json}");
         }
     }

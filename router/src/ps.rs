@@ -49,6 +49,7 @@ impl State {
             state: self.qp_state(qp).map_or("?", state_name).into(),
             path: if qp.far { Some("link:tcp".into()) } else { reachable.then(|| "direct".into()) },
             peer,
+            traffic_class: qp.traffic_class,
             tx_bytes: counters.tx_bytes,
             rx_bytes: counters.rx_bytes,
             errors: counters.errors,

@@ -290,7 +290,11 @@ impl Handle for ListMembers {
 impl Handle for Connect {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Connected, Fds)> {
         let (qpn, dest, gid) = (self.qpn, self.dest_qpn, Gid(self.dgid));
-        session.shared.with(|state| state.connect(session.owner, qpn, dest, gid))?;
+        session.shared.with(|state| {
+            state.connect(session.owner, qpn, dest, gid)?;
+            state.qps.get_mut(qpn).into_iter().for_each(|row| row.traffic_class = self.traffic_class as u8);
+            Ok::<_, Refusal>(())
+        })?;
         let far = connect_far(session, qpn, gid)?;
         Ok((Connected { path: if far { peer_state::LINK } else { 0 } }, vec![]))
     }

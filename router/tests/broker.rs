@@ -116,7 +116,7 @@ fn objects_of_others_cannot_be_named() {
         assert_eq!(client.refused(&DestroyChannel { channel: qp.channel }), errno);
         assert_eq!(client.refused(&DestroyCq { cq: qp.cq }), errno);
         assert_eq!(client.refused(&DestroyQp { qpn: qp.qpn }), errno);
-        assert_eq!(client.refused(&Connect { qpn: qp.qpn, dest_qpn: 5, dgid: gid }), errno);
+        assert_eq!(client.refused(&Connect { qpn: qp.qpn, dest_qpn: 5, dgid: gid, traffic_class: 0 }), errno);
         assert_eq!(client.refused(&Disconnect { qpn: qp.qpn, error: 0 }), errno);
         assert_eq!(
             client.refused(&Resolve { qpn: qp.qpn, dest_qpn: 5, dgid: gid, ..Resolve::default() }),

@@ -268,7 +268,7 @@ requests! {
     12 DestroyQp [0] { qpn: u32, } -> Done;
     /// RESET/INIT -> RTR of a connected QP: this QP now belongs to `dest_qpn` at `dgid` (which need not exist yet). For
     /// UD: it can receive from now on (`dest_qpn` and `dgid` are ignored).
-    13 Connect [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, } -> Connected;
+    13 Connect [0] { qpn: u32, dest_qpn: u32, dgid: RawGid, traffic_class: u32, } -> Connected;
     /// The QP left RTR/RTS (RESET, ERR): peers that have it are told by [`PeerGone`] or [`PeerLeft`].
     14 Disconnect [0] { qpn: u32, error: u32, } -> Done;
     /// Where is the peer of `qpn`? For connected QPs `dest_qpn` and `dgid` must be those of Connect, and the peer must be

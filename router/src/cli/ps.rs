@@ -114,6 +114,7 @@ mod tests {
             state: "RTS".into(),
             path: Some("direct".into()),
             peer: Some(admin::PsPeer { tenant: "t".into(), vip: [10, 0, 0, 2].into(), qpn: 43 }),
+            traffic_class: 0,
             tx_bytes: 2048,
             rx_bytes: 0,
             errors: 0,

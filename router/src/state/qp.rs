@@ -43,6 +43,8 @@ pub struct Qp {
     pub link: Link,
     /// Its peer is on another host.
     pub far: bool,
+    /// As its address handle says.
+    pub traffic_class: u8,
     /// Queue pairs that were told where this one is.
     pub resolvers: HashSet<u32>,
     /// Queue pairs this one was told of.
@@ -102,6 +104,7 @@ impl State {
                 xrcd,
                 link,
                 far: false,
+                traffic_class: 0,
                 resolvers,
                 resolved,
                 claimants,

@@ -190,7 +190,7 @@ impl Client {
     }
 
     pub fn connect(&self, qp: TestQp, peer: TestQp, peer_gid: RawGid) {
-        self.ask(&Connect { qpn: qp.qpn, dest_qpn: peer.qpn, dgid: peer_gid });
+        self.ask(&Connect { qpn: qp.qpn, dest_qpn: peer.qpn, dgid: peer_gid, traffic_class: 0 });
     }
 
     pub fn resolve(&self, qp: TestQp, peer: TestQp, peer_gid: RawGid) -> (PeerInfo, Vec<OwnedFd>) {

@@ -229,7 +229,7 @@ impl Neighbour {
         (qp.peer_qpn, qp.peer, qp.peer_key) = (peer_qpn, peer, peer_key);
         let qpn = qp.qpn;
         self.behave(&self.qps[&slot]);
-        self.ask(&Connect { qpn, dest_qpn: peer_qpn, dgid: peer })?;
+        self.ask(&Connect { qpn, dest_qpn: peer_qpn, dgid: peer, traffic_class: 0 })?;
         let resolve = Resolve { qpn, dest_qpn: peer_qpn, dgid: peer, srqn: 0, _pad: 0 };
         let (info, fds) = self.socket.call(&resolve, &[]).map_err(wrong("Resolve"))?;
         if info.state != peer_state::READY {
@@ -385,7 +385,7 @@ impl Neighbour {
         let _ = match self.dice.roll(8) {
             0 => self.ask(&freeflow_core::ctl::Ring { qpn, dest_qpn, dgid, what: ring::FAULT }),
             1 => self.ask(&Disconnect { qpn, error: 1 }),
-            2 => self.ask(&Connect { qpn, dest_qpn, dgid }).map(|_| Done {}),
+            2 => self.ask(&Connect { qpn, dest_qpn, dgid, traffic_class: 0 }).map(|_| Done {}),
             3 => self.ask(&DestroyQp { qpn: dest_qpn }),
             even => self.ask(&freeflow_core::ctl::Ring { qpn, dest_qpn, dgid, what: even as u32 & 1 }),
         };

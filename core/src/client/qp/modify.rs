@@ -102,7 +102,9 @@ impl Qp {
         self.send.lock().route.dest = connected.then_some((dgid, dest_qpn));
         self.ask_again.store(true, Ordering::Release);
         self.lanes.change_state(QpState::Rtr, |now| now == QpState::Init);
-        let told = self.context().conn.ask(&Connect { qpn: self.qpn(), dest_qpn, dgid: dgid.0 });
+        let traffic_class = u32::from(attr.ah.traffic_class);
+        let told =
+            self.context().conn.ask(&Connect { qpn: self.qpn(), dest_qpn, dgid: dgid.0, traffic_class });
         if told.is_err() {
             self.lanes.change_state(QpState::Init, |now| now == QpState::Rtr);
         }
