@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use freeflow_core::client::CmId;
 use freeflow_core::ctl::cm::{CmData, CmNext, cm_data, cm_event, cm_reason};
@@ -42,15 +43,19 @@ impl Greeting {
     }
 }
 
-/// A connection on its way.
+/// Of a connection that nobody has asked for this long nobody will: it was aborted. (If somebody does, it begins anew.)
+const FORGOTTEN: Duration = Duration::from_secs(60);
+
+/// A connection on its way. It does not hold the device, which holds it.
 #[derive(Debug)]
 struct Connecting {
-    device: Arc<Device>,
     handle: Handle,
     style: Style,
     id: CmId,
     /// What the listener was told of.
     asked: Option<(Socket, Exposed<Postings>)>,
+    /// When connect() was last called for it.
+    wanted: Instant,
 }
 
 /// Those of a device, by the number in their handles.
@@ -58,6 +63,16 @@ struct Connecting {
 pub struct Pending {
     last: u64,
     connections: HashMap<u64, Connecting>,
+}
+
+impl Pending {
+    /// Keeps it until the next call; returns its number.
+    fn park(&mut self, connecting: Connecting) -> u64 {
+        self.connections.retain(|_, other| other.wanted.elapsed() < FORGOTTEN);
+        self.last += 1;
+        self.connections.insert(self.last, connecting);
+        self.last
+    }
 }
 
 /// One call of connect(): a comm, or None while it is being made.
@@ -71,14 +86,11 @@ pub fn connect(device: &Arc<Device>, bytes: &mut [u8; handle::LEN], style: Style
         _ => Connecting::begin(device, name, style)?,
     };
     handle::set_token(bytes, 0);
-    match connecting.step()? {
+    match connecting.step(device)? {
         Step::Connected(sender) => Ok(Some(*sender)),
         Step::Waits(connecting) => {
             let mut pending = device.pending.lock().unwrap_or_else(PoisonError::into_inner);
-            pending.last += 1;
-            handle::set_token(bytes, pending.last);
-            let token = pending.last;
-            pending.connections.insert(token, connecting);
+            handle::set_token(bytes, pending.park(connecting));
             Ok(None)
         }
     }
@@ -92,18 +104,19 @@ enum Step {
 impl Connecting {
     fn begin(device: &Arc<Device>, handle: Handle, style: Style) -> Result<Self> {
         let id = resolve(device, &handle)?;
-        Ok(Connecting { device: Arc::clone(device), handle, style, id, asked: None })
+        Ok(Connecting { handle, style, id, asked: None, wanted: Instant::now() })
     }
 
     /// Does all that can be done now.
-    fn step(mut self) -> Result<Step> {
+    fn step(mut self, device: &Arc<Device>) -> Result<Step> {
+        self.wanted = Instant::now();
         while let Some(event) = self.id.next()? {
             match event.kind {
                 cm_event::ADDR_RESOLVED => self.id.resolve_route()?,
-                cm_event::ROUTE_RESOLVED => self.ask()?,
-                cm_event::CONNECT_RESPONSE => return self.answered(&event),
+                cm_event::ROUTE_RESOLVED => self.ask(device)?,
+                cm_event::CONNECT_RESPONSE => return self.answered(device, &event),
                 // The listener is there and has not looked yet: TCP would let us wait, too.
-                cm_event::UNREACHABLE => self.id = resolve(&self.device, &self.handle)?,
+                cm_event::UNREACHABLE => self.id = resolve(device, &self.handle)?,
                 cm_event::REJECTED => return Err(self.rejected(event.status)),
                 kind => {
                     let why = format!("connection manager event {kind}, status {}", event.status);
@@ -114,10 +127,10 @@ impl Connecting {
         Ok(Step::Waits(self))
     }
 
-    fn ask(&mut self) -> Result<()> {
+    fn ask(&mut self, device: &Device) -> Result<()> {
         let (socket, postings) = match self.asked.take() {
             Some(asked) => asked,
-            None => (Sender::socket(&self.device)?, Exposed::new(&self.device.pd)?),
+            None => (Sender::socket(device)?, Exposed::new(&device.pd)?),
         };
         let greeting = Greeting { nonce: self.handle.nonce, memory: postings.remote() };
         self.id.connect(socket.params(), greeting.encode())?;
@@ -125,13 +138,13 @@ impl Connecting {
         Ok(())
     }
 
-    fn answered(mut self, event: &CmNext) -> Result<Step> {
+    fn answered(mut self, device: &Arc<Device>, event: &CmNext) -> Result<Step> {
         let greeting = Greeting::decode(&event.data).filter(|greeting| greeting.nonce == self.handle.nonce);
         let (Some(greeting), Some((socket, postings))) = (greeting, self.asked.take()) else {
             return Err(self.failed("an answer that makes no sense".into()));
         };
         let peer = Peer { gid: Gid(event.gid), qpn: event.params.qpn, memory: greeting.memory };
-        let link = socket.connect(&self.device, self.id, &peer, self.style)?;
+        let link = socket.connect(device, self.id, &peer, self.style)?;
         link.id()?.establish()?;
         Ok(Step::Connected(Box::new(Sender::new(link, postings, self.style))))
     }

@@ -51,6 +51,8 @@ pub struct Link {
     /// Dropping it tells the peer that this end has closed; None: it was told.
     id: Option<CmId>,
     memory: Remote,
+    /// Where completions are put.
+    wcs: [Wc; 8],
     idle: u32,
     closed: Option<Instant>,
     orphaned: Option<Instant>,
@@ -66,6 +68,24 @@ pub struct Write {
     pub to: Remote,
     pub from: Sge,
     pub inline: bool,
+}
+
+impl Write {
+    #[inline]
+    fn request(&self) -> SendWr<'_> {
+        let mut flags = SendFlags::empty();
+        flags.set(SendFlags::SIGNALED, self.done.is_some());
+        flags.set(SendFlags::INLINE, self.inline);
+        let request = Request {
+            op: SendOp::Write,
+            flags,
+            imm: 0,
+            target: Target::Memory { addr: self.to.addr, rkey: self.to.rkey },
+            srqn: 0,
+            sges: std::slice::from_ref(&self.from),
+        };
+        SendWr { wr_id: self.done.unwrap_or(u64::MAX), request }
+    }
 }
 
 impl Socket {
@@ -121,6 +141,7 @@ impl Socket {
             socket: self,
             id: Some(id),
             memory: peer.memory,
+            wcs: [Wc::default(); 8],
             idle: 0,
             closed: None,
             orphaned: None,
@@ -167,36 +188,28 @@ impl Link {
         self.id = None;
     }
 
+    /// In this order: what the second writes is seen after what the first writes.
     #[inline]
-    pub fn write(&self, write: &Write) -> Result<()> {
-        let mut flags = SendFlags::empty();
-        flags.set(SendFlags::SIGNALED, write.done.is_some());
-        flags.set(SendFlags::INLINE, write.inline);
-        let request = Request {
-            op: SendOp::Write,
-            flags,
-            imm: 0,
-            target: Target::Memory { addr: write.to.addr, rkey: write.to.rkey },
-            srqn: 0,
-            sges: std::slice::from_ref(&write.from),
-        };
-        let wr = SendWr { wr_id: write.done.unwrap_or(u64::MAX), request };
-        self.socket.qp.post_send(&wr).map_err(|errno| Fault::internal(format!("posting a WRITE: {errno}")))
+    pub fn write<const N: usize>(&self, writes: &[Write; N]) -> Result<()> {
+        let requests = writes.each_ref().map(Write::request);
+        self.socket
+            .qp
+            .post_sends(&requests)
+            .map_err(|(_, errno)| Fault::internal(format!("posting a WRITE: {errno}")))
     }
 
     /// Takes completions; `done` gets what each was posted with. The first that failed ends the comm.
     #[inline]
-    pub fn poll(&self, what: &str, mut done: impl FnMut(u64)) -> Result<()> {
+    pub fn poll(&mut self, what: &str, mut done: impl FnMut(u64)) -> Result<()> {
         loop {
-            let mut wcs = [Wc::default(); 8];
-            let count = self.socket.cq.poll(&mut wcs);
-            for wc in &wcs[..count] {
+            let count = self.socket.cq.poll(&mut self.wcs);
+            for wc in &self.wcs[..count] {
                 if wc.status != 0 {
                     return Err(Fault::of_completion(wc.status, what));
                 }
                 done(wc.wr_id);
             }
-            if count < wcs.len() {
+            if count < self.wcs.len() {
                 return Ok(());
             }
         }

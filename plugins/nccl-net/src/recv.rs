@@ -24,6 +24,23 @@ struct Request {
     room: [u64; GROUP],
 }
 
+impl Request {
+    /// Is all of it there? Then `sizes` are those of its messages.
+    #[inline]
+    fn arrived(&self, arrivals: &Arrivals, sizes: &mut Sizes) -> Result<bool> {
+        for (index, room) in self.room[..self.len].iter().enumerate() {
+            match arrivals.read(self.number, index) {
+                None => return Ok(false),
+                Some(size) if size <= *room => sizes.push(size),
+                Some(size) => {
+                    return Err(Fault::remote(format!("the peer claims {size} bytes where {room} fit")));
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
 /// A comm that receives.
 #[derive(Debug)]
 pub struct Receiver {
@@ -54,11 +71,11 @@ impl Receiver {
         }
         let posted = self.post(number, postings);
         self.ended(posted)?;
-        let mut request = Request { len: postings.len(), number, ..Request::default() };
+        let request = &mut self.requests[index];
+        (request.len, request.number) = (postings.len(), number);
         for (room, posting) in request.room.iter_mut().zip(postings) {
             *room = posting.len;
         }
-        self.requests[index] = request;
         self.posted += 1;
         Ok(Some(index as u32))
     }
@@ -66,32 +83,25 @@ impl Receiver {
     fn post(&mut self, number: u64, postings: &Group) -> Result<()> {
         self.arrivals.memory.clear(number, postings.len());
         let written = write(number, postings);
-        let from = Sge { addr: written.words.as_ptr() as u64, length: written.bytes, lkey: 0 };
+        let from = Sge { addr: written.as_ptr() as u64, length: size_of_val(&*written) as u32, lkey: 0 };
         let done = number.is_multiple_of(SIGNALED).then_some(number);
         let to = self.link.memory(Postings::offset(number));
-        self.link.write(&Write { done, to, from, inline: true })?;
+        self.link.write(&[Write { done, to, from, inline: true }])?;
         if done.is_some() { self.poll() } else { Ok(()) }
     }
 
     /// The sizes, if the group is complete; the request is then free.
     pub fn test(&mut self, request: u32) -> Result<Option<Sizes>> {
-        let Request { len, number, room } = self.requests[request as usize];
-        if len == 0 {
+        let index = request as usize;
+        if self.requests[index].len == 0 {
             return Err(Fault::usage("test of a request that is done"));
         }
         let mut sizes = Sizes::new();
-        for (index, room) in room.iter().enumerate().take(len) {
-            match self.arrivals.memory.read(number, index) {
-                Some(size) if size <= *room => sizes.push(size),
-                Some(size) => {
-                    let nonsense =
-                        Err(Fault::remote(format!("the peer claims {size} bytes where {room} fit")));
-                    return self.ended(nonsense);
-                }
-                None => return self.wait().map(|()| None),
-            }
+        let arrived = self.requests[index].arrived(&self.arrivals.memory, &mut sizes);
+        if !self.ended(arrived)? {
+            return self.wait().map(|()| None);
         }
-        self.requests[request as usize].len = 0;
+        self.requests[index].len = 0;
         self.link.progressed();
         Ok(Some(sizes))
     }

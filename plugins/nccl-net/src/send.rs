@@ -8,7 +8,7 @@ use crate::device::{Device, MAX_BYTES, Style};
 use crate::fault::{Fault, Result};
 use crate::link::{Link, Socket, Write};
 use crate::region::Region;
-use crate::slots::{Arrivals, Exposed, GROUP, GROUPS, Group, Postings, Remote, arrival};
+use crate::slots::{Arrivals, Exposed, GROUP, GROUPS, Group, Posting, Postings, Remote, arrival};
 
 /// Sends in flight.
 pub const REQUESTS: usize = GROUPS * GROUP;
@@ -104,14 +104,20 @@ impl Sender {
         let size = u64::from(from.length);
         let Some(request) = self.free.pop() else { return Err(Fault::internal("no request left")) };
         self.requests[usize::from(request)] = State::Under { size };
-        if size > 0 {
-            self.link.write(&Write { done: None, to, from, inline: false })?;
-        }
-        let group = self.head.take(index);
+        let group = self.head.take(index, &self.postings.memory);
         let word = arrival(group, size);
-        let from = Sge { addr: std::ptr::from_ref(&word) as u64, length: 8, lkey: 0 };
-        let to = self.link.memory(Arrivals::offset(group, index));
-        self.link.write(&Write { done: Some(u64::from(request)), to, from, inline: true })?;
+        let arrival = Write {
+            done: Some(u64::from(request)),
+            to: self.link.memory(Arrivals::offset(group, index)),
+            from: Sge { addr: std::ptr::from_ref(&word) as u64, length: 8, lkey: 0 },
+            inline: true,
+        };
+        if size > 0 {
+            let data = Write { done: None, to, from, inline: false };
+            self.link.write(&[data, arrival])?;
+        } else {
+            self.link.write(&[arrival])?;
+        }
         self.link.progressed();
         Ok(u32::from(request))
     }
@@ -173,24 +179,23 @@ impl Sender {
 impl Head {
     /// The first free receive with that tag in the oldest group.
     #[inline]
-    fn find(&mut self, memory: &Postings, tag: i32) -> Option<(usize, crate::slots::Posting)> {
+    fn find(&mut self, memory: &Postings, tag: i32) -> Option<(usize, Posting)> {
         if self.postings.is_empty() {
-            self.postings = memory.read(self.number)?;
+            memory.read(self.number, &mut self.postings);
         }
-        let fits = |(index, posting): &(usize, &crate::slots::Posting)| {
-            self.taken & 1 << index == 0 && posting.tag == tag
-        };
+        let fits = |(index, posting): &(usize, &Posting)| self.taken & 1 << index == 0 && posting.tag == tag;
         self.postings.iter().enumerate().find(fits).map(|(index, posting)| (index, *posting))
     }
 
     /// Uses a receive up; returns its group's number.
-    fn take(&mut self, index: usize) -> u64 {
+    fn take(&mut self, index: usize, memory: &Postings) -> u64 {
         let group = self.number;
         self.taken |= 1 << index;
         if self.taken.count_ones() as usize == self.postings.len() {
             self.number += 1;
             self.taken = 0;
             self.postings.clear();
+            memory.expect(self.number);
         }
         group
     }

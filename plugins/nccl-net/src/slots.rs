@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use arrayvec::ArrayVec;
 use freeflow_core::client::{Mr, Pd};
+use freeflow_core::shm::prefetch_for_read;
 use freeflow_core::verbs::Access;
 
 use crate::fault::Result;
@@ -49,22 +50,17 @@ pub struct Posting {
 pub type Group = ArrayVec<Posting, GROUP>;
 
 /// A group as the receiver writes it.
-#[derive(Debug)]
-pub struct Written {
-    pub words: [[u64; WORDS]; GROUP],
-    pub bytes: u32,
-}
+pub type Written = ArrayVec<[u64; WORDS], GROUP>;
 
 /// The words of group number `group`.
 pub fn write(group: u64, postings: &Group) -> Written {
     let lap = lap(group);
     let count = (postings.len() as u64) << 32;
-    let mut words = [[0; WORDS]; GROUP];
-    for (words, p) in words.iter_mut().zip(postings) {
+    let words = |p: &Posting| {
         let values = [p.addr, p.len, count | u64::from(p.rkey), u64::from(p.tag as u32)];
-        *words = values.map(|value| lap | value & VALUE);
-    }
-    Written { words, bytes: (postings.len() * WORDS * 8) as u32 }
+        values.map(|value| lap | value & VALUE)
+    };
+    postings.iter().map(words).collect()
 }
 
 /// In the sender's memory, written by the receiver.
@@ -78,19 +74,25 @@ impl Postings {
         (place(group) * GROUP * WORDS * 8) as u64
     }
 
-    /// Group number `group`, if all of it is there.
+    /// Group number `group` is wanted next. It was written a while ago if the receiver is ahead, by another processor.
     #[inline]
-    pub fn read(&self, group: u64) -> Option<Group> {
+    pub fn expect(&self, group: u64) {
+        prefetch_for_read(&self.0[place(group)]);
+    }
+
+    /// Reads group number `group`, if all of it is there; else `into` stays empty.
+    #[inline]
+    pub fn read(&self, group: u64, into: &mut Group) {
         let (slots, lap) = (&self.0[place(group)], lap(group));
-        let first = posting(&slots[0], lap)?;
-        let mut all = Group::new();
-        all.push(first.0);
-        for words in slots.iter().take(first.1.min(GROUP)).skip(1) {
-            all.push(posting(words, lap)?.0);
+        into.clear();
+        let Some((first, count)) = posting(&slots[0], lap) else { return };
+        into.push(first);
+        for words in slots.iter().take(count.min(GROUP)).skip(1) {
+            let Some((next, _)) = posting(words, lap) else { return into.clear() };
+            into.push(next);
         }
         // Partner: the fence behind the executor's copy. What the receiver did before is seen from here on.
         fence(Ordering::Acquire);
-        Some(all)
     }
 }
 
@@ -172,9 +174,15 @@ mod tests {
 
     fn land(memory: &Postings, group: u64, written: &Written) {
         let words = memory.0[place(group)].iter().flatten();
-        for (word, value) in words.zip(written.words.iter().flatten()).take(written.bytes as usize / 8) {
+        for (word, value) in words.zip(written.iter().flatten()) {
             word.store(*value, Ordering::Relaxed);
         }
+    }
+
+    fn read(memory: &Postings, group: u64) -> Option<Group> {
+        let mut all = some(1);
+        memory.read(group, &mut all);
+        (!all.is_empty()).then_some(all)
     }
 
     fn some(n: usize) -> Group {
@@ -192,10 +200,10 @@ mod tests {
         let memory = Postings::default();
         for group in 0..3 * GROUPS as u64 {
             let postings = some(1 + group as usize % GROUP);
-            assert_eq!(memory.read(group), None, "not there yet");
+            assert_eq!(read(&memory, group), None, "not there yet");
             land(&memory, group, &write(group, &postings));
-            assert_eq!(memory.read(group), Some(postings));
-            assert_eq!(memory.read(group + GROUPS as u64), None, "the next lap's is not there");
+            assert_eq!(read(&memory, group), Some(postings));
+            assert_eq!(read(&memory, group + GROUPS as u64), None, "the next lap's is not there");
         }
     }
 
@@ -205,7 +213,7 @@ mod tests {
             let memory = Postings::default();
             land(&memory, 5, &write(5, &some(GROUP)));
             memory.0[5][missing / WORDS][missing % WORDS].store(0, Ordering::Relaxed);
-            assert_eq!(memory.read(5), None);
+            assert_eq!(read(&memory, 5), None);
         }
     }
 
@@ -215,7 +223,7 @@ mod tests {
         for word in memory.0.iter().flatten().flatten() {
             word.store(lap(0) | VALUE, Ordering::Relaxed);
         }
-        assert_eq!(memory.read(0).map(|group| group.len()), Some(GROUP));
+        assert_eq!(read(&memory, 0).map(|group| group.len()), Some(GROUP));
     }
 
     #[test]
