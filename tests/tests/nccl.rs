@@ -1,13 +1,15 @@
 //! NCCL's network plugin under `nccl-replay`: one process, several, threads of one, containers; and ranks and routers that
 //! die. Each run prints its seed when it fails.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use freeflow_tests::launch::{Ended, Group};
-use freeflow_tests::path::{Host, Staged, Tree};
+use freeflow_tests::nccl::launch::{Replay, judge, text};
+use freeflow_tests::path::{Host, Tree};
 
 /// A watchdog: each takes a few seconds; nccl-replay's own speaks before.
 const LIMIT: Duration = Duration::from_secs(170);
@@ -24,45 +26,21 @@ fn tree() -> Tree {
     Tree::find(target).unwrap_or_else(|why| panic!("{why}"))
 }
 
-fn text(ended: &Ended) -> String {
-    ended.lines.iter().map(|line| format!("{}: {}\n", line.side, line.text)).collect()
-}
-
-fn judge(ended: &Ended) {
-    let well = ended.statuses.iter().all(|status| status.is_some_and(|status| status.success()));
-    assert!(well, "{:?}\n{}", ended.statuses, text(ended));
+fn run(replay: impl FnOnce(&Replay<'_>) -> io::Result<Ended>, wanted: &[&str]) {
+    let _turn = turn();
+    let ended = replay(&Replay { tree: &tree(), program: Path::new(REPLAY), limit: LIMIT });
+    judge(&ended.expect("a router, or a lab"), wanted).unwrap_or_else(|why| panic!("{why}"));
 }
 
 /// Runs nccl-replay with a router of its own.
 fn replay(args: &str) {
-    let _turn = turn();
-    let host = Host::start(&tree()).expect("a router");
-    let mut group = Group::new(LIMIT);
-    group.start(host.run(Path::new(REPLAY)).args(args.split(' '))).expect("nccl-replay starts");
-    judge(&group.finish());
+    let args: Vec<&str> = args.split(' ').collect();
+    run(|replay| replay.alone(&args), &[]);
 }
 
 /// Two ranks, each in a container of its own.
-fn in_containers(scenario: &str) {
-    let _turn = turn();
-    let staged = Staged::new(Path::new(REPLAY)).expect("a place that containers see");
-    let rank = |rank: usize, at: &str| {
-        format!("{} --ranks 2 --rank {rank} --at {at} {scenario}", staged.program.display())
-    };
-    // The lab ends with its last command, which here waits for rank 0; rank 1 then hears SIGTERM, and may still be writing.
-    let first = format!("c1=mkfifo /tmp/end; {}; s=$?; echo $s >/tmp/end; exit $s", rank(0, "0.0.0.0:7000"));
-    let second = format!("c2=trap '' TERM; {}", rank(1, "@c1:7000"));
-    let mut lab = Command::new(tree().freeflow());
-    lab.args(["lab", "--run", &first, "--run", &second, "--run", "c1=read -r s </tmp/end; exit $s"]);
-    let mut group = Group::new(LIMIT);
-    group.start(&mut lab).expect("a lab");
-    let ended = group.finish();
-    judge(&ended);
-    assert!(
-        text(&ended).contains("rank 0 passed") && text(&ended).contains("rank 1 passed"),
-        "{}",
-        text(&ended)
-    );
+fn in_containers(hosts: usize, scenario: &str) {
+    run(|replay| replay.in_containers(hosts, scenario), &["rank 0 passed", "rank 1 passed"]);
 }
 
 #[test]
@@ -107,8 +85,8 @@ fn a_rank_dies() {
 
 #[test]
 fn reloads() {
-    replay("reloads");
-    replay("--api 10 reloads --times 5");
+    replay("--ranks 2 --spawn reloads --times 6");
+    replay("--ranks 2 --spawn --api 10 reloads --times 3");
 }
 
 #[test]
@@ -118,28 +96,74 @@ fn mixed_operations() {
 
 #[test]
 fn ring_of_containers() {
-    in_containers("ring");
+    in_containers(1, "ring");
 }
 
 #[test]
 fn mixed_operations_of_containers() {
-    in_containers("--logged vIP mixed --operations 30000");
+    in_containers(1, "--logged vIP mixed --operations 30000");
+}
+
+#[test]
+fn ring_between_hosts() {
+    in_containers(2, "ring");
+}
+
+#[test]
+fn ring_between_hosts_with_the_oldest_version() {
+    in_containers(2, "--api 6 ring --max 100000");
+}
+
+#[test]
+fn mixed_operations_between_hosts() {
+    in_containers(2, "mixed --operations 20000");
+}
+
+#[test]
+fn aborts_between_hosts() {
+    in_containers(2, "aborts --rounds 6");
+}
+
+#[test]
+fn a_rank_dies_between_hosts() {
+    run(|replay| replay.in_containers(2, "killed"), &["rank 0 passed", "# noticed: "]);
+}
+
+/// Two ranks that have connected and only receive.
+fn idle_ranks(host: &Host, options: &[&str]) -> Group {
+    let mut group = Group::new(LIMIT);
+    let mut command = host.run(Path::new(REPLAY));
+    command.args(["--ranks", "2", "--spawn"]).args(options).arg("orphaned");
+    group.start(&mut command).expect("nccl-replay starts");
+    let idle = |line: &freeflow_tests::launch::Line| (line.text == "# idle").then_some(());
+    assert!(group.wait_for(idle).is_some() && group.wait_for(idle).is_some(), "both ranks get that far");
+    group
 }
 
 #[test]
 fn the_router_dies() {
     let _turn = turn();
     let host = Host::start(&tree()).expect("a router");
-    let mut group = Group::new(LIMIT);
-    group
-        .start(host.run(Path::new(REPLAY)).args(["--ranks", "2", "--spawn", "orphaned"]))
-        .expect("nccl-replay starts");
-    let idle = |line: &freeflow_tests::launch::Line| (line.text == "# idle").then_some(());
-    assert!(group.wait_for(idle).is_some() && group.wait_for(idle).is_some(), "both ranks get that far");
+    let group = idle_ranks(&host, &[]);
     host.kill();
-    let ended = group.finish();
-    judge(&ended);
-    assert!(text(&ended).contains("noticed: test of a receive: 2"), "{}", text(&ended));
+    judge(&group.finish(), &["noticed: test of a receive: 2"]).unwrap_or_else(|why| panic!("{why}"));
+}
+
+/// It is given to connect in v10, and so to those that send; to init since v11; before, there is none.
+#[test]
+fn connections_have_their_communicators_traffic_class() {
+    let _turn = turn();
+    for (version, expected) in [("9", 0), ("10", 2), ("12", 4)] {
+        let host = Host::start(&tree()).expect("a router");
+        let _ranks = idle_ranks(&host, &["--api", version, "--traffic-class", "104"]);
+        let mut ps = Command::new(tree().freeflow());
+        let ps = ps.args(["ps", "--json", "--router"]).arg(host.socket()).output().expect("freeflow ps");
+        let said = String::from_utf8_lossy(&ps.stdout);
+        // Each rank has one that sends and one that receives.
+        let counts =
+            ["\"traffic_class\": ", "\"traffic_class\": 104,"].map(|what| said.matches(what).count());
+        assert_eq!(counts, [4, expected], "v{version}: {said}{}", String::from_utf8_lossy(&ps.stderr));
+    }
 }
 
 #[test]
@@ -151,7 +175,7 @@ fn the_data_path_allocates_nothing() {
     let mut group = Group::new(LIMIT);
     let mut command = host.run(Path::new(REPLAY));
     group.start(command.arg("allocations").env("LD_PRELOAD", counter)).expect("nccl-replay starts");
-    judge(&group.finish());
+    judge(&group.finish(), &[]).unwrap_or_else(|why| panic!("{why}"));
 }
 
 /// Compiles a file of tests/nccl.

@@ -2,13 +2,12 @@
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 use freeflow_nccl_abi::TRAFFIC_CLASS_UNDEF;
 use freeflow_tests::nccl::oob::Oob;
 use freeflow_tests::nccl::plugin::{Plugin, VERSIONS, take_log};
-use freeflow_tests::nccl::rank::{Rank, Worker};
+use freeflow_tests::nccl::rank::Rank;
 use freeflow_tests::nccl::{Outcome, bench, contract, failing, mixed, traffic};
 
 /// Do with a NCCL network plugin what NCCL does, without NCCL and GPUs.
@@ -41,6 +40,9 @@ struct Args {
     /// The same, as threads of this process, as NCCL has with several GPUs in one
     #[arg(long, conflicts_with = "spawn")]
     threads: bool,
+    /// What communicators are configured for
+    #[arg(long, default_value_t = TRAFFIC_CLASS_UNDEF)]
+    traffic_class: i32,
     /// Keep each rank on a processor of its own
     #[arg(long)]
     pin: bool,
@@ -87,7 +89,7 @@ enum Scenario {
     /// Unload and load again
     Reloads {
         #[arg(long, default_value_t = 20)]
-        times: usize,
+        times: u64,
     },
     /// Mixed operations, so many for each rank
     Mixed {
@@ -164,17 +166,9 @@ fn one_process(args: &Args, seed: u64) -> Outcome {
     ranks.into_iter().try_for_each(|rank| rank.join().map_err(|_| "a rank panicked".to_owned())?)
 }
 
-/// This thread, and those that it starts.
-fn pin(rank: usize) -> Outcome {
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut set = rustix::thread::CpuSet::new();
-    set.set(rank % processors);
-    rustix::thread::sched_setaffinity(None, &set).map_err(|e| format!("sched_setaffinity: {e}"))
-}
-
 fn one_rank(args: &Args, seed: u64) -> Outcome {
     if args.pin {
-        pin(args.rank)?;
+        bench::pin(args.rank)?;
     }
     let version = args.api.unwrap_or(VERSIONS[0]);
     match &args.scenario {
@@ -183,37 +177,21 @@ fn one_rank(args: &Args, seed: u64) -> Outcome {
             let plugin = Plugin::open(&args.plugin, version, TRAFFIC_CLASS_UNDEF)?;
             return contract::allocations(&plugin);
         }
-        Scenario::Reloads { times } => {
-            return failing::reloads(&args.plugin, version, *times, |plugin| {
-                let failures = contract::run(plugin, "itself");
-                if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
-            });
-        }
         _ => {}
     }
-    let plugin = Arc::new(Plugin::open(&args.plugin, version, TRAFFIC_CLASS_UNDEF)?);
-    logged(args, &plugin)?;
     let oob =
         Oob::join(&args.at, args.rank, args.ranks).map_err(|e| format!("meeting at {}: {e}", args.at))?;
-    // Ranks that were started one by one may have been given none, or several.
-    let seeds = oob.all(&seed.to_le_bytes()).map_err(|e| format!("exchange of seeds: {e}"))?;
-    let seed = seeds[0][..].try_into().map_or(seed, u64::from_le_bytes);
-    let rank = Rank {
-        plugin,
-        path: args.plugin.clone(),
-        oob,
-        service: Worker::new("service"),
-        progress: Worker::new("progress"),
-        seed,
-    };
-    run(&args.scenario, &rank).map_err(|why| format!("{why}; logged: {:?}", take_log()))?;
-    let Rank { plugin, service, progress, .. } = rank;
-    drop((service, progress));
-    Arc::into_inner(plugin).map_or(Ok(()), Plugin::close)
+    let rank = Rank::open(&args.plugin, version, args.traffic_class, oob, seed)?;
+    logged(args, &rank.plugin)?;
+    if let Scenario::Reloads { times } = &args.scenario {
+        return failing::reloads(rank, &args.plugin, *times);
+    }
+    run(args, &rank).map_err(|why| format!("{why}; logged: {:?}", take_log()))?;
+    rank.unload().map(drop)
 }
 
-fn run(scenario: &Scenario, rank: &Rank) -> Outcome {
-    match scenario {
+fn run(args: &Args, rank: &Rank) -> Outcome {
+    match &args.scenario {
         Scenario::Contract { .. } | Scenario::Allocations | Scenario::Reloads { .. } => Ok(()),
         Scenario::Ring { max } => traffic::ring(rank, *max),
         Scenario::AllToAll { max } => traffic::all_to_all(rank, *max),
@@ -223,7 +201,7 @@ fn run(scenario: &Scenario, rank: &Rank) -> Outcome {
         Scenario::Orphaned => failing::orphaned(rank),
         Scenario::Mixed { operations } => mixed::run(rank, *operations),
         Scenario::Bandwidth { size, total } => bench::bandwidth(rank, *size, *total),
-        Scenario::Memcpy { size, total } => bench::memcpy(rank, *size, *total),
+        Scenario::Memcpy { size, total } => bench::memcpy(rank, *size, *total, args.pin),
         Scenario::Latency { size, count } => bench::latency(rank, *size, *count),
     }
 }

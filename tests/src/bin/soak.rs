@@ -1,12 +1,13 @@
-//! The soaks: `soak kill`, `soak hostile`, `soak revoke`, `soak restart`, `soak cluster`, `soak wire`. `cargo xtask soak` builds what they need and runs them.
+//! The soaks: `soak kill`, `soak hostile`, and so on. `cargo xtask soak` builds what they need and runs them.
 
 use std::env;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use freeflow_tests::path::Tree;
-use freeflow_tests::soak::{cluster, hostile, kill, restart, revoke, wire};
+use freeflow_tests::soak::{cluster, hostile, kill, nccl, restart, revoke, wire};
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -44,6 +45,17 @@ enum What {
         #[arg(long, default_value_t = 300)]
         rounds: u32,
     },
+    /// NCCL's plugin: mixed operations, aborts and reloads under AddressSanitizer
+    Nccl {
+        #[arg(long, default_value_t = 1_000_000)]
+        operations: u64,
+        /// Directory of nccl-replay and the plugin, built with AddressSanitizer
+        #[arg(long)]
+        sanitized: PathBuf,
+        /// Messages of 1 GiB, and two hosts, too
+        #[arg(long)]
+        whole: bool,
+    },
     /// Deregistration while a copier is stopped at each of its steps
     Revoke {
         /// Steps to stop at; 0 is every one
@@ -55,7 +67,7 @@ enum What {
 fn main() -> ExitCode {
     let args = Args::parse();
     let seed = args.seed.unwrap_or_else(|| u64::from(std::process::id()));
-    match run(&args, seed) {
+    match run(args, seed) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             eprintln!("soak failed (--seed {seed}): {why}");
@@ -64,7 +76,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args, seed: u64) -> Result<(), String> {
+fn run(args: Args, seed: u64) -> Result<(), String> {
     let own = env::current_exe().map_err(|e| format!("where this binary is: {e}"))?;
     let target = own.ancestors().nth(2).ok_or("this binary is not in a target directory")?;
     let tree = Tree::find(target)?;
@@ -77,6 +89,9 @@ fn run(args: &Args, seed: u64) -> Result<(), String> {
         What::Cluster => cluster::run(&tree, target, &cluster::Options { lenient }),
         What::Restart { rounds } => restart::run(&tree, target, &restart::Options { rounds, seed, lenient }),
         What::Wire { rounds } => wire::run(&tree, target, &wire::Options { rounds, seed, lenient }),
+        What::Nccl { operations, sanitized, whole } => {
+            nccl::run(&tree, target, &nccl::Options { operations, seed, sanitized, whole })
+        }
         What::Revoke { samples } => revoke::run(&tree, target, &revoke::Options { samples, seed }),
     }
 }

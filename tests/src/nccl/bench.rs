@@ -3,7 +3,7 @@
 //! Ranks work in pairs: 0 receives from 1, 2 from 3. Rank 0 prints `NAME VALUE` lines.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -112,11 +112,26 @@ pub fn bandwidth(rank: &Rank, size: usize, total: usize) -> Outcome {
     rank.close(mesh)
 }
 
-/// memcpy of the same buffers as [`bandwidth`] has, by one thread, registered like them.
-pub fn memcpy(rank: &Rank, size: usize, total: usize) -> Outcome {
+/// Keeps this thread, and those that it starts, on one processor.
+pub fn pin(rank: usize) -> Outcome {
+    // Asked once: who is pinned has only one.
+    static PROCESSORS: LazyLock<usize> =
+        LazyLock::new(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(rank % *PROCESSORS);
+    rustix::thread::sched_setaffinity(None, &set).map_err(|e| format!("sched_setaffinity: {e}"))
+}
+
+/// memcpy of the same buffers as [`bandwidth`] has, registered like them: made where each rank makes its own, and copied
+/// by one thread where the sender is.
+pub fn memcpy(rank: &Rank, size: usize, total: usize, pinned: bool) -> Outcome {
     let mesh = rank.mesh(|from, to| from == to)?;
     let comm = mesh.send[rank.rank()].ok_or("no connection with itself")?;
-    let (from, to) = (End::new(&rank.plugin, comm, size)?, End::new(&rank.plugin, comm, size)?);
+    let to = End::new(&rank.plugin, comm, size)?;
+    if pinned {
+        pin(1)?;
+    }
+    let from = End::new(&rank.plugin, comm, size)?;
     let count = (total / size).max(4 * STEPS);
     let copy = |count: usize| {
         for step in 0..count {
@@ -133,7 +148,10 @@ pub fn memcpy(rank: &Rank, size: usize, total: usize) -> Outcome {
     rank.close(mesh)
 }
 
-/// Half a round trip in us: the median of `count`.
+/// Round trips between two looks at the clock, which costs as much as a good part of one.
+const BATCH: usize = 16;
+
+/// Half a round trip in us: the median over batches of them.
 pub fn latency(rank: &Rank, size: usize, count: usize) -> Outcome {
     let n = rank.ranks();
     let mesh = rank.mesh(|from, to| n == 2 && from != to)?;
@@ -142,19 +160,19 @@ pub fn latency(rank: &Rank, size: usize, count: usize) -> Outcome {
         return Err("two ranks are needed".into());
     };
     let (out, into) = (End::new(&rank.plugin, send, size)?, End::new(&rank.plugin, recv, size)?);
-    let times = ping_pong(rank, &out, &into, count)?;
+    let mut batches = ping_pong(rank, &out, &into, count.div_ceil(BATCH))?;
+    batches.sort_unstable();
     if rank.rank() == 0 {
-        let mut sorted = times;
-        sorted.sort_unstable();
-        println!("latency {:.4}", sorted[sorted.len() / 2].as_secs_f64() * 1e6 / 2.0);
+        let median = batches[batches.len() / 2].as_secs_f64() * 1e6;
+        println!("latency {:.4}", median / BATCH as f64 / 2.0);
     }
     end_of(rank, out)?;
     end_of(rank, into)?;
     rank.close(mesh)
 }
 
-/// Receives are posted well ahead, as NCCL posts them: while the other side has the ball.
-fn ping_pong(rank: &Rank, out: &End, into: &End, count: usize) -> Outcome<Vec<Duration>> {
+/// How long each batch took. Receives are posted well ahead, as NCCL posts them: while the other side has the ball.
+fn ping_pong(rank: &Rank, out: &End, into: &End, batches: usize) -> Outcome<Vec<Duration>> {
     let plugin = &rank.plugin;
     let first = rank.rank() == 0;
     let post = |step| into.irecv(plugin, step).ok_or_else(|| "irecv is busy".to_owned());
@@ -167,18 +185,20 @@ fn ping_pong(rank: &Rank, out: &End, into: &End, count: usize) -> Outcome<Vec<Du
             }
         }
     };
-    let mut times = Vec::with_capacity(count);
-    let mut start = Instant::now();
-    for step in 0..count {
+    let round_trip = |step: usize, receives: &mut VecDeque<Handle>| -> Outcome {
         let mut sent = first.then(|| send(step));
         while !done(plugin, receives[0]) {}
         receives.pop_front();
         sent = sent.or_else(|| Some(send(step)));
-        let now = Instant::now();
-        times.push(now - start);
-        start = now;
         receives.push_back(post(step + STEPS)?);
         while sent.is_some_and(|sent| !done(plugin, sent)) {}
+        Ok(())
+    };
+    let mut times = Vec::with_capacity(batches);
+    for batch in 0..batches {
+        let start = Instant::now();
+        (batch * BATCH..(batch + 1) * BATCH).try_for_each(|step| round_trip(step, &mut receives))?;
+        times.push(start.elapsed());
     }
     // Receives are left over at both ends: closing copes.
     rank.barrier()?;

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use freeflow_nccl_abi::{ptr, result};
 
 use super::memory::{Buffer, Pages};
-use super::plugin::{Group, Handle, Name, Plugin, Properties};
+use super::plugin::{Group, Handle, MAX_MEMBERS, Name, Plugin, Properties};
 use super::rank::PATIENCE;
-use super::traffic::{MAX_GROUPS, MAX_MEMBERS};
+use super::traffic::MAX_GROUPS;
 use super::{Outcome, ensure};
 
 type Check = fn(&Plugin) -> Outcome;

@@ -10,7 +10,7 @@ use freeflow_nccl_abi::result;
 use super::memory::Buffer;
 use super::plugin::{Handle, Plugin};
 use super::rank::{Mesh, Rank};
-use super::traffic::{Kind, Op, Plan, Receiving, STEPS, Sending, Step};
+use super::traffic::{Kind, Op, Plan, Receiving, STEPS, Sending, Step, exchange};
 use super::{Dice, Outcome, ensure};
 
 /// Within this time a dead peer or router must be an error.
@@ -94,34 +94,50 @@ impl Load {
     }
 }
 
-/// Rounds of traffic that one rank ends at a random instant; the others hear of it as an error and end, too.
+/// Rounds that end at a random instant, while connections are made or while traffic runs.
 pub fn aborts(rank: &Rank, rounds: u64) -> Outcome {
     for round in 0..rounds {
-        let mut dice = Dice::of(&[rank.seed, round, 5]);
-        let first = dice.below(rank.ranks() as u64) as usize == rank.rank();
-        let after = Duration::from_micros(dice.below(40_000));
-        let size = [64, 8192, 600_000][dice.below(3) as usize];
-        let mut load = Load::start(rank, round, size)?;
-        rank.barrier()?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let (plugin, stopped) = (Arc::clone(&rank.plugin), Arc::clone(&stop));
-        let traffic = rank.progress.start(move || {
-            let failed = load.run(&plugin, &stopped);
-            (load, failed)
-        });
-        if first {
-            std::thread::sleep(after);
-            stop.store(true, Ordering::Relaxed);
-        }
-        let (load, failed) = traffic.wait();
-        if let Some(why) = failed {
-            ensure(is_expected(&why), || format!("round {round}: {why}"))?;
-        }
-        let plugin = Arc::clone(&rank.plugin);
-        rank.service.run(move || load.abort(&plugin)).map_err(|why| format!("round {round}: {why}"))?;
-        rank.barrier()?;
+        abort_connecting(rank, round).map_err(|why| format!("round {round}: {why}"))?;
+        abort_traffic(rank, round).map_err(|why| format!("round {round}: {why}"))?;
     }
     Ok(())
+}
+
+/// Every rank gives up after some turns of its own; what another one has begun with it may become an error.
+fn abort_connecting(rank: &Rank, round: u64) -> Outcome {
+    let turns = Dice::of(&[rank.seed, round, rank.rank() as u64, 10]).below(60);
+    match rank.mesh_within(turns, |_, _| true) {
+        Ok(mesh) => rank.close(mesh)?,
+        Err(why) => ensure(is_expected(&why), || why)?,
+    }
+    rank.barrier()
+}
+
+/// One rank ends the traffic; the others hear of it as an error and end, too.
+fn abort_traffic(rank: &Rank, round: u64) -> Outcome {
+    let mut dice = Dice::of(&[rank.seed, round, 5]);
+    let first = dice.below(rank.ranks() as u64) as usize == rank.rank();
+    let after = Duration::from_micros(dice.below(40_000));
+    let size = [64, 8192, 600_000][dice.below(3) as usize];
+    let mut load = Load::start(rank, round, size)?;
+    rank.barrier()?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let (plugin, stopped) = (Arc::clone(&rank.plugin), Arc::clone(&stop));
+    let traffic = rank.progress.start(move || {
+        let failed = load.run(&plugin, &stopped);
+        (load, failed)
+    });
+    if first {
+        std::thread::sleep(after);
+        stop.store(true, Ordering::Relaxed);
+    }
+    let (load, failed) = traffic.wait();
+    if let Some(why) = failed {
+        ensure(is_expected(&why), || why)?;
+    }
+    let plugin = Arc::clone(&rank.plugin);
+    rank.service.run(move || load.abort(&plugin))?;
+    rank.barrier()
 }
 
 /// Only a remote or system error may come of what others do.
@@ -182,22 +198,25 @@ fn fails_in_time(
     ensure(start.elapsed() + before < limit + NOTICED, || "closing took too long".into())
 }
 
-/// Opens, uses and closes the plugin again and again: threads and descriptors do not pile up.
-pub fn reloads(path: &Path, version: u32, times: usize, check: impl Fn(&Plugin) -> Outcome) -> Outcome {
+/// Loads, uses and unloads the plugin again and again, all ranks at once: traffic flows between all of them, and threads
+/// and descriptors do not pile up.
+pub fn reloads(mut rank: Rank, path: &Path, times: u64) -> Outcome {
     let count = |what: &str| std::fs::read_dir(format!("/proc/self/{what}")).map_or(0, Iterator::count);
+    let (version, class, seed) = (rank.plugin.version, rank.plugin.traffic_class(), rank.seed);
     let mut first = None;
     for time in 0..times {
-        let plugin = Plugin::open(path, version, -1)?;
-        check(&plugin)?;
-        plugin.close().map_err(|why| format!("time {time}: {why}"))?;
+        let mesh = rank.mesh(|_, _| true)?;
+        let plan = Plan { seed: time, kind: Kind::Mixed { max: 100_000 }, groups: 200, window: STEPS };
+        exchange(&rank, &mesh, &plan).map_err(|why| format!("load {time}: {why}"))?;
+        rank.barrier()?;
+        rank.close(mesh)?;
+        let oob = rank.unload().map_err(|why| format!("load {time}: {why}"))?;
         let now = (count("task"), count("fd"));
         let before = *first.get_or_insert(now);
         ensure(now <= before, || {
-            format!(
-                "after {} loads there are {now:?} threads and descriptors, after the first {before:?}",
-                time + 1
-            )
+            format!("after load {time} there are {now:?} threads and descriptors, after the first {before:?}")
         })?;
+        rank = Rank::open(path, version, class, oob, seed)?;
     }
-    Ok(())
+    rank.unload().map(drop)
 }

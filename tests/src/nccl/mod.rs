@@ -8,6 +8,7 @@
 pub mod bench;
 pub mod contract;
 pub mod failing;
+pub mod launch;
 pub mod memory;
 pub mod mixed;
 pub mod oob;

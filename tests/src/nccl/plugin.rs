@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex};
 
 use freeflow_nccl_abi::{
-    CommConfig, DebugLogger, HANDLE_MAXSIZE, NcclResult, OPTIONAL_RECV_COMPLETION, TRAFFIC_CLASS_UNDEF, ptr,
-    result, v6, v7, v8, v9, v10, v11, v12,
+    CommConfig, DebugLogger, HANDLE_MAXSIZE, NcclResult, OPTIONAL_RECV_COMPLETION, ptr, result, v6, v7, v8,
+    v9, v10, v11, v12,
 };
 
 /// Versions that can be replayed, newest first: the order in which NCCL tries them.
@@ -83,6 +83,7 @@ pub struct Plugin {
     net: Net,
     ctx: Handle,
     pub version: u32,
+    config: CommConfig,
     // Unloaded last.
     library: libloading::Library,
 }
@@ -160,7 +161,7 @@ fn checked(code: NcclResult) -> Result<()> {
 }
 
 impl Plugin {
-    /// dlopen with RTLD_NOW and RTLD_LOCAL, the symbol of `version`, init with `config`.
+    /// dlopen with RTLD_NOW and RTLD_LOCAL, the symbol of `version`, init.
     pub fn open(path: &Path, version: u32, traffic_class: c_int) -> std::result::Result<Plugin, String> {
         use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
         // SAFETY: loading a plugin runs its initialisers, which is what is tested.
@@ -184,14 +185,15 @@ impl Plugin {
             };
         }
         let net = symbol!(6 V6 v6, 7 V7 v7, 8 V8 v8, 9 V9 v9, 10 V10 v10, 11 V11 v11, 12 V12 v12);
-        let mut plugin = Plugin { net, ctx: Handle(null_mut()), version, library };
-        plugin.init(traffic_class).map_err(|code| format!("init: {code} ({:?})", take_log()))?;
+        let config = CommConfig { traffic_class };
+        let mut plugin = Plugin { net, ctx: Handle(null_mut()), version, config, library };
+        plugin.init().map_err(|code| format!("init: {code} ({:?})", take_log()))?;
         Ok(plugin)
     }
 
-    fn init(&mut self, traffic_class: c_int) -> Result<()> {
+    fn init(&mut self) -> Result<()> {
         let logger = Some(the_logger());
-        let mut config = CommConfig { traffic_class };
+        let mut config = self.config;
         let ctx = &mut self.ctx.0;
         // SAFETY: the arguments that NCCL gives.
         checked(unsafe {
@@ -205,6 +207,11 @@ impl Plugin {
                 Net::V12(n) => (n.init.expect("init"))(ctx, 0x1234, &mut config, logger, None),
             }
         })
+    }
+
+    /// What the communicator is configured for.
+    pub fn traffic_class(&self) -> c_int {
+        self.config.traffic_class
     }
 
     /// The plugin's name.
@@ -333,7 +340,7 @@ impl Plugin {
     pub fn connect(&self, dev: c_int, name: &mut Name) -> Result<Option<Handle>> {
         let handle = name.as_mut_ptr().cast();
         let (mut comm, mut device) = (null_mut(), null_mut());
-        let mut config = CommConfig { traffic_class: TRAFFIC_CLASS_UNDEF };
+        let mut config = self.config;
         let ctx = self.ctx.0;
         // SAFETY: the arguments that NCCL gives.
         checked(unsafe {
@@ -434,12 +441,13 @@ impl Plugin {
         let before = request;
         let r = &mut request;
         let n = group.sizes.len() as c_int;
-        let mut data: Vec<*mut c_void> = group.data.to_vec();
-        let mut sizes: Vec<usize> = group.sizes.to_vec();
-        let mut ints: Vec<c_int> = sizes.iter().map(|size| *size as c_int).collect();
-        let mut tags: Vec<c_int> = group.tags.to_vec();
-        let mut mhandles: Vec<*mut c_void> = group.mhandles.iter().map(|mh| mh.0).collect();
-        let mut phandles = vec![null_mut(); group.sizes.len()];
+        // In arrays, as NCCL has them: an allocation would be in every latency.
+        let mut data = list(group.data, null_mut(), |data| data);
+        let mut sizes = list(group.sizes, 0, |size| size);
+        let mut ints = list(group.sizes, 0, |size| size as c_int);
+        let mut tags = list(group.tags, 0, |tag| tag);
+        let mut mhandles = list(group.mhandles, null_mut(), |mhandle| mhandle.0);
+        let mut phandles = [null_mut(); MAX_MEMBERS];
         let (d, s, i) = (data.as_mut_ptr(), sizes.as_mut_ptr(), ints.as_mut_ptr());
         let (t, m, p) = (tags.as_mut_ptr(), mhandles.as_mut_ptr(), phandles.as_mut_ptr());
         // SAFETY: the arguments that NCCL gives.
@@ -517,8 +525,16 @@ impl Plugin {
     }
 }
 
+/// Members of a group at the interface's limit.
+pub const MAX_MEMBERS: usize = 8;
+
 /// In front of a call, where a plugin must write a request or NULL.
 const NOT_WRITTEN: usize = 0xbad;
+
+/// A list of a group as C has it; more than fit are left out, and refused by their number.
+fn list<T: Copy, C: Copy>(all: &[T], none: C, convert: impl Fn(T) -> C) -> [C; MAX_MEMBERS] {
+    std::array::from_fn(|i| all.get(i).map_or(none, |one| convert(*one)))
+}
 
 /// The lists of a grouped receive.
 #[derive(Debug)]

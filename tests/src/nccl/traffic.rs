@@ -7,15 +7,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::memory::Buffer;
-use super::plugin::{Group, Handle, Plugin};
+use super::plugin::{Group, Handle, MAX_MEMBERS, Plugin};
 use super::rank::{Mesh, PATIENCE, Rank};
 use super::{Dice, Outcome, ensure};
 
 /// Steps in flight on a connection: NCCL_STEPS.
 pub const STEPS: usize = 8;
-/// Grouped receives of a connection in flight, and members of each, at the interface's limit.
+/// Grouped receives of a connection in flight, at the interface's limit.
 pub const MAX_GROUPS: usize = 32;
-pub const MAX_MEMBERS: usize = 8;
 
 /// What a step did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

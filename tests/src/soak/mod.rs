@@ -1,9 +1,10 @@
-//! Long checks of what the direct path survives: deaths of peers, a hostile neighbour, copies stopped half way.
+//! Long checks of what the direct path survives: deaths of peers, a hostile neighbour, copies stopped half way; and of NCCL's plugin.
 
 pub mod cluster;
 pub mod dice;
 pub mod hostile;
 pub mod kill;
+pub mod nccl;
 pub mod neighbour;
 pub mod process;
 pub mod restart;
