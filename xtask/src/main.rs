@@ -68,6 +68,8 @@ enum Soak {
     Restart(safety::Restart),
     /// The connections between two hosts cut at random instants under load, then silent
     Wire(safety::Wire),
+    /// The NCCL plugin: a million mixed operations under AddressSanitizer, messages of 1 GiB, two hosts
+    Nccl(safety::Nccl),
     /// Everything of the UCX transport, on every UCX release; FILTER selects as in test
     Ucx { filter: Option<String> },
     /// The portable tree, and clients of other rdma-core and Debian releases; FILTER selects as in test
@@ -90,6 +92,7 @@ fn main() -> ExitCode {
         Command::Soak(Soak::Cluster) => safety::cluster(),
         Command::Soak(Soak::Restart(args)) => safety::restart(&args),
         Command::Soak(Soak::Wire(args)) => safety::wire(&args),
+        Command::Soak(Soak::Nccl(args)) => safety::nccl(&args),
         Command::Soak(Soak::Revoke(args)) => safety::revoke(&args),
         Command::Bench(options) => bench::run(&options),
         Command::Example(example) => example::run(&example),

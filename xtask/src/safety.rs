@@ -1,7 +1,7 @@
-//! The soaks of what the direct path survives. The programs are `freeflow-tests`'; here they are built, given their lengths
+//! The soaks of what the direct path and NCCL's plugin survive. The programs are `freeflow-tests`'; here they are built, given their lengths
 //! and run: long ones for `cargo xtask soak`, short ones for `cargo xtask test`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -56,6 +56,17 @@ pub struct Wire {
     seed: Option<u64>,
 }
 
+/// Of `soak nccl`.
+#[derive(Debug, Args)]
+pub struct Nccl {
+    /// Mixed operations of each rank
+    #[arg(long, default_value_t = 1_000_000)]
+    operations: u64,
+    /// What a failing run printed
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
 /// Of `soak revoke`.
 #[derive(Debug, Args)]
 pub struct Revoke {
@@ -70,12 +81,13 @@ pub struct Revoke {
 /// The longest soak, with room for a busy machine.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 /// What `cargo xtask test` runs.
-const SHORT: [(&str, &[&str]); 6] = [
+const SHORT: [(&str, &[&str]); 7] = [
     ("soak kill", &["kill", "--rounds", "50", "--lenient"]),
     ("soak hostile", &["hostile", "--seconds", "60"]),
     ("soak cluster", &["cluster", "--lenient"]),
     ("soak restart", &["restart", "--rounds", "12", "--lenient"]),
     ("soak wire", &["wire", "--rounds", "20", "--lenient"]),
+    ("soak nccl", &["nccl", "--operations", "40000"]),
     ("soak revoke", &["revoke", "--samples", "10"]),
 ];
 
@@ -113,6 +125,10 @@ pub fn wire(args: &Wire) -> Result<ExitCode> {
     long(&["wire", "--rounds", &args.rounds.to_string()], args.seed)
 }
 
+pub fn nccl(args: &Nccl) -> Result<ExitCode> {
+    long(&["nccl", "--operations", &args.operations.to_string(), "--whole"], args.seed)
+}
+
 pub fn revoke(args: &Revoke) -> Result<ExitCode> {
     long(&["revoke", "--samples", &args.samples.to_string()], args.seed)
 }
@@ -132,7 +148,25 @@ fn command(tree: &Path, args: &[&str]) -> Result<Command> {
     process::must(&mut cargo, LIMIT)?;
     let mut soak = Command::new(layout::target().join("release/soak"));
     soak.args(args).env("FF_TEST_DIST", tree);
+    if args.first() == Some(&"nccl") {
+        soak.arg("--sanitized").arg(sanitized()?);
+    }
     Ok(soak)
+}
+
+/// nccl-replay and the plugin under AddressSanitizer, in a target directory of their own; returns where they are. Stable
+/// cargo has no switch for it, hence the bootstrap variable.
+fn sanitized() -> Result<PathBuf> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    let target = layout::target().join("asan");
+    let mut cargo = layout::cargo();
+    cargo.args(["build", "--quiet", "--release", "--target", TARGET, "--target-dir"]).arg(&target);
+    cargo.args(["--package", "freeflow-nccl-net", "--package", "freeflow-tests"]);
+    cargo.args(["--lib", "--bin", "nccl-replay"]);
+    cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_PROFILE_RELEASE_LTO", "off");
+    cargo.env("RUSTFLAGS", "-Zsanitizer=address -Cforce-frame-pointers=yes");
+    process::must(&mut cargo, LIMIT)?;
+    Ok(target.join(TARGET).join("release"))
 }
 
 /// Each short soak by name.

@@ -19,6 +19,13 @@ pub struct Results {
 }
 
 impl Results {
+    /// Takes in what another run measured.
+    pub fn extend(&mut self, other: Results) {
+        self.figures.extend(other.figures);
+        self.bars.extend(other.bars);
+        self.notes.extend(other.notes);
+    }
+
     /// Takes in a group's kept rounds.
     pub fn add(&mut self, figures: &[Figure], bars: &[Bar], rounds: &[Round]) {
         for figure in figures {

@@ -87,7 +87,10 @@ fn nccl(options: &Options) -> Result<ExitCode> {
     nccl::build()?;
     let stage = side::Stage::new(&tree, probes::build()?)?;
     let only = options.only.as_deref().unwrap_or("");
-    let results = rounds::run(&stage, nccl::groups(), only, options.rounds)?;
+    let mut results = rounds::run(&stage, nccl::groups(), only, options.rounds)?;
     stage.end()?;
+    if nccl::BETWEEN_HOSTS.contains(only) {
+        results.extend(hosts::measure(&tree, &nccl::between_hosts(), nccl::hosts_bars(), options.rounds)?);
+    }
     report::write("nccl", &results)
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::cases::{Bar, Bound, Figure, Group};
+use super::hosts::{self, Measure, Over, ROUTERS};
 use super::side::{How, Provider, Read};
 use crate::failure::Result;
 use crate::{layout, process};
@@ -25,8 +26,11 @@ pub fn build() -> Result<()> {
     process::must(&mut cargo, LIMIT).map(drop)
 }
 
+/// What the measures between hosts call it.
+pub const PROGRAM: &str = "nccl-replay";
+
 pub fn program() -> PathBuf {
-    layout::target().join("release/nccl-replay")
+    layout::target().join("release").join(PROGRAM)
 }
 
 pub fn groups() -> Vec<Group> {
@@ -120,4 +124,39 @@ fn ranks() -> Group {
         ratio: |f| Some(f.get("aggregate", FOUR, MIB)? / f.get("aggregate", PLUGIN, MIB)?),
     }];
     Group { name: "ranks", measures, bars }
+}
+
+/// The case between two hosts.
+pub const BETWEEN_HOSTS: &str = "between hosts";
+
+/// Two ranks on two hosts, nobody pinned: they and two routers share the processors, as iperf3 and the kernel do.
+pub fn between_hosts() -> Vec<Measure> {
+    // Two GiB.
+    const FIRST: &str = "nccl-replay --ranks 2 --rank 0 --at @:7000 bandwidth 1048576 2147483648";
+    const SECOND: &str = "nccl-replay --ranks 2 --rank 1 --at @:7000 bandwidth 1048576 2147483648";
+    let measure = |figure, parse| Measure { figure, over: Over::Plain, server: FIRST, client: SECOND, parse };
+    vec![
+        hosts::stream_of_iperf(),
+        measure(figure(BETWEEN_HOSTS, PLUGIN, MIB, "bandwidth", "GB/s"), |text, _| {
+            number(text, "bandwidth ")
+        }),
+        measure(figure("processors", "ranks and routers", MIB, "between hosts", "s/GB"), |text, _| {
+            // The routers' time is for the eighth more that warms up, too.
+            let moved = 2.0 * f64::from(1 << 30) * 1.125 / 1e9;
+            Some(number(text, "cpu ")? + number(text, ROUTERS)? / moved)
+        }),
+    ]
+}
+
+fn number(text: &str, line: &str) -> Option<f64> {
+    text.lines().find_map(|l| l.strip_prefix(line)?.trim().parse().ok())
+}
+
+pub fn hosts_bars() -> Vec<Bar> {
+    vec![Bar {
+        case: BETWEEN_HOSTS,
+        what: "between hosts, 1 MiB, 8 in flight / iperf3",
+        bound: Bound::AtLeast(0.7),
+        ratio: |f| Some(f.get(BETWEEN_HOSTS, PLUGIN, MIB)? / f.get("stream", "iperf3", MIB)?),
+    }]
 }

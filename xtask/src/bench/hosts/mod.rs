@@ -12,7 +12,8 @@ use super::figures::{Lookup, Results, Round};
 use super::probes;
 use crate::failure::{Failure, Result};
 use crate::perftest;
-use stage::{Over, Stage};
+use stage::Stage;
+pub use stage::{Over, ROUTERS};
 
 const MIB: u64 = 1 << 20;
 const KIB: u64 = 1 << 10;
@@ -26,17 +27,17 @@ const QPERF: &str = "qperf tcp";
 const UCX: &str = "ucx tcp";
 const OFI: &str = "libfabric tcp";
 
-/// How a figure is read from what the client printed.
+/// How a figure is read from what the client printed, behind which [`ROUTERS`] stands.
 type Parse = fn(&str, u64) -> Option<f64>;
 
-/// One figure: server and client; `@` in the client's words is the server's address, which is appended where there is none,
+/// One figure: server and client; `@` is the server's address, which is appended to the client's words where there is none,
 /// and a word that begins with `probe:` a program of benches/probes.
-struct Measure {
-    figure: Figure,
-    over: Over,
-    server: &'static str,
-    client: &'static str,
-    parse: Parse,
+pub struct Measure {
+    pub figure: Figure,
+    pub over: Over,
+    pub server: &'static str,
+    pub client: &'static str,
+    pub parse: Parse,
 }
 
 fn bandwidth(case: &'static str, side: &'static str, size: u64) -> Figure {
@@ -116,7 +117,7 @@ fn measures() -> Vec<Measure> {
     const READ_BW: &str = "ib_read_bw -F --report_gbits -s 1048576 -n 4000";
     const WRITE_LAT: &str = "ib_write_lat -F -s 8 -n 20000";
     vec![
-        kernel(bandwidth("stream", IPERF, MIB), "iperf3 -s -1", "iperf3 -t 2 -f g -l 1M -c", iperf),
+        stream_of_iperf(),
         ours(bandwidth("write_bw", OURS, MIB), Over::Plain, WRITE_BW, perftest_average),
         ours(bandwidth("read_bw", OURS, MIB), Over::Plain, READ_BW, perftest_average),
         events(bandwidth("write_bw", EVENTS, MIB), "qperf -t 2 -m 1M -vc @ rc_rdma_write_bw"),
@@ -201,14 +202,26 @@ fn bars() -> Vec<Bar> {
     ]
 }
 
-/// Measures the cases that `only` selects, `rounds` times each, interleaved.
+/// What the kernel's TCP carries in one stream.
+pub fn stream_of_iperf() -> Measure {
+    let figure = bandwidth("stream", IPERF, MIB);
+    let (server, client) = ("iperf3 -s -1", "iperf3 -t 2 -f g -l 1M -c");
+    Measure { figure, over: Over::Kernel, server, client, parse: iperf }
+}
+
+/// The cases that `only` selects.
 pub fn run(tree: &Path, only: &str, rounds: usize) -> Result<Results> {
     let measures: Vec<Measure> = measures().into_iter().filter(|m| m.figure.case.contains(only)).collect();
+    measure(tree, &measures, bars(), rounds)
+}
+
+/// Measures each of `measures` `rounds` times, interleaved, and those of `bars` that have their figures.
+pub fn measure(tree: &Path, measures: &[Measure], bars: Vec<Bar>, rounds: usize) -> Result<Results> {
     let stage = Stage::new(tree, probes::build()?)?;
     let mut kept: Vec<Round> = Vec::new();
     for turn in 1..=rounds {
         let mut round = Round::new();
-        for measure in &measures {
+        for measure in measures {
             let value = figure(&stage, measure).map_err(|failure| {
                 Failure::new(format!("{} of {}: {failure}", measure.figure.case, measure.figure.side))
             })?;
@@ -219,7 +232,7 @@ pub fn run(tree: &Path, only: &str, rounds: usize) -> Result<Results> {
         kept.push(round);
     }
     let complete = |bar: &Bar| kept.iter().all(|round| (bar.ratio)(&Lookup(round)).is_some());
-    let bars: Vec<Bar> = bars().into_iter().filter(complete).collect();
+    let bars: Vec<Bar> = bars.into_iter().filter(complete).collect();
     let figures: Vec<Figure> = measures.iter().map(|measure| measure.figure).collect();
     let mut results = Results::default();
     results.add(&figures, &bars, &kept);

@@ -4,12 +4,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use super::super::nccl;
 use crate::failure::{Context as _, Failure, Result};
 use crate::process::{self, Echo, Running};
 
 const LIMIT: Duration = Duration::from_secs(120);
 const ADDRESSES: [&str; 2] = ["192.168.78.1", "192.168.78.2"];
 const PORT: u16 = 4790;
+/// The line with the processor time of both routers, in seconds.
+pub const ROUTERS: &str = "routers' seconds ";
 /// Containers in a directory that has many.
 const CROWD: usize = 10_000;
 
@@ -37,7 +40,7 @@ pub struct Stage {
     probes: PathBuf,
     dir: PathBuf,
     names: [String; 2],
-    _routers: Vec<Running>,
+    routers: Vec<Running>,
 }
 
 impl Stage {
@@ -47,13 +50,13 @@ impl Stage {
         std::fs::create_dir_all(&dir).context(format_args!("cannot make {}", dir.display()))?;
         let names = [format!("ff{pid}a"), format!("ff{pid}b")];
         let mut stage =
-            Self { freeflow: tree.join("bin/freeflow"), probes, dir, names, _routers: Vec::new() };
+            Self { freeflow: tree.join("bin/freeflow"), probes, dir, names, routers: Vec::new() };
         stage.join()?;
         stage.certify()?;
         for over in Over::ROUTERS {
             for host in 0..2 {
                 let router = stage.router(over, host)?;
-                stage._routers.push(router);
+                stage.routers.push(router);
             }
         }
         Ok(stage)
@@ -129,19 +132,19 @@ impl Stage {
         }
         command.args(words.iter().map(|word| match word.strip_prefix("probe:") {
             Some(probe) => self.probes.join(probe).into_os_string(),
-            None => word.into(),
+            None if *word == nccl::PROGRAM => nccl::program().into_os_string(),
+            None => word.replace('@', ADDRESSES[0]).into(),
         }));
         command
     }
 
-    /// What the client printed, beside a server on the other host.
+    /// What the client printed, beside a server on the other host; and behind it [`ROUTERS`].
     pub fn run(&self, over: Over, server: &[&str], client: &[&str]) -> Result<String> {
         let mut client = client.to_vec();
-        match client.iter_mut().find(|word| **word == "@") {
-            Some(word) => *word = ADDRESSES[0],
-            None => client.push(ADDRESSES[0]),
+        if !client.iter().any(|word| word.contains('@')) {
+            client.push(ADDRESSES[0]);
         }
-        let before = self.listeners(0)?;
+        let (before, spent) = (self.listeners(0)?, self.routers_time()?);
         let mut serving = Running::start(&mut self.program(over, 0, server), Echo::Quiet)?;
         let listens =
             || self.listeners(0).is_ok_and(|now| now > before) || serving.has_ended() || self.listens(over);
@@ -152,9 +155,14 @@ impl Stage {
         }
         let served = serving.finish(LIMIT)?;
         if done.success() {
-            return Ok(done.stdout);
+            return Ok(format!("{}\n{ROUTERS}{}\n", done.stdout, self.routers_time()? - spent));
         }
         Err(Failure::new(format!("{}: {}\n{}", done.how(), done.tail(), served.tail())))
+    }
+
+    /// Processor time of all routers so far, in seconds.
+    fn routers_time(&self) -> Result<f64> {
+        self.routers.iter().map(|router| spent(router.group())).sum()
     }
 
     /// Does a program on the first host listen at an rdma_cm port?
@@ -189,13 +197,22 @@ fn entry(over: Over, host: usize) -> String {
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        self._routers.clear();
+        self.routers.clear();
         for name in &self.names {
             // Its interfaces go with it.
             ip(&["netns", "del", name]).ok();
         }
         std::fs::remove_dir_all(&self.dir).ok();
     }
+}
+
+/// Processor time of a process so far, in seconds: proc(5), stat, the 14th and 15th field.
+fn spent(pid: i32) -> Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let text = std::fs::read_to_string(&path).context(format_args!("cannot read {path}"))?;
+    let fields = text.rsplit_once(") ").map_or("", |(_, fields)| fields).split(' ');
+    let ticks: f64 = fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum();
+    Ok(ticks / rustix::param::clock_ticks_per_second() as f64)
 }
 
 fn ip(words: &[&str]) -> Result<()> {
