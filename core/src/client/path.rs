@@ -18,6 +18,8 @@ use super::peers::{PeerQp, PeerSrq};
 #[derive(Debug)]
 struct Recent {
     key: u32,
+    /// A window may be bound anew under its key, to memory that has moved meanwhile.
+    epoch: u32,
     /// The peer's address of the first of `bytes`.
     from: u64,
     bytes: SharedBytes,
@@ -37,10 +39,10 @@ struct Recents {
 impl Recents {
     /// What is behind `va`, if `key` was used there of late.
     #[inline(always)]
-    fn find(&mut self, key: u32, va: u64) -> Option<SharedBytes> {
+    fn find(&mut self, entry: &MrEntry, key: u32, va: u64) -> Option<SharedBytes> {
         for (index, recent) in self.held.iter().enumerate() {
             if let Some(recent) = recent
-                && recent.key == key
+                && (recent.key, recent.epoch) == (key, entry.epoch())
                 && let Some(bytes) =
                     va.checked_sub(recent.from).and_then(|skipped| recent.bytes.from(skipped))
             {
@@ -123,8 +125,8 @@ impl Bound<'_> {
         let first = map.base().wrapping_add((extent.va % PAGE) as usize);
         // SAFETY: whole pages around the extent are mapped, and stay so while a `Recent` holds the mapping.
         let bytes = unsafe { SharedBytes::new(first, extent.len as usize) };
-        self.recents.keep(Recent { key, from: extent.va, bytes, _map: map });
-        self.hit(key, va, len)
+        self.recents.keep(Recent { key, epoch: view.epoch, from: extent.va, bytes, _map: map });
+        self.hit(entry, key, va, len)
     }
 
     /// Bytes that are in no memfd. If the peer is this very process they are at their own address.
@@ -137,15 +139,15 @@ impl Bound<'_> {
     }
 
     #[inline(always)]
-    fn hit(&mut self, key: u32, va: u64, len: u64) -> Option<Reach> {
-        self.recents.find(key, va).map(|bytes| Reach::Here(bytes.first(len)))
+    fn hit(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Option<Reach> {
+        self.recents.find(entry, key, va).map(|bytes| Reach::Here(bytes.first(len)))
     }
 }
 
 impl PeerMemory for Bound<'_> {
     #[inline(always)]
     fn reach(&mut self, entry: &MrEntry, key: u32, va: u64, len: u64) -> Reach {
-        if let Some(here) = self.hit(key, va, len) {
+        if let Some(here) = self.hit(entry, key, va, len) {
             return here;
         }
         self.look_up(entry, key, va, len).unwrap_or(Reach::Far(len))

@@ -146,6 +146,12 @@ impl MrEntry {
         self.key.store(0, Ordering::SeqCst);
     }
 
+    /// How often it was published; of a key that was found valid.
+    #[inline(always)]
+    pub fn epoch(&self) -> u32 {
+        self.epoch.load(Ordering::Relaxed)
+    }
+
     /// Is `key` valid at this moment?
     pub fn is(&self, key: u32) -> bool {
         self.key.load(Ordering::Acquire) == key && key != 0
