@@ -166,7 +166,10 @@ pub fn killed(rank: &Rank) -> Outcome {
 /// The router dies (the caller kills it when told): what is idle must become an error in time.
 pub fn orphaned(rank: &Rank) -> Outcome {
     let mesh = rank.mesh(|from, to| from != to)?;
-    // Everybody receives and nobody sends.
+    // Who has not yet met its peer when the router dies waits for the peer, not for the router.
+    let greeting = Plan { seed: 0, kind: Kind::Sizes(vec![64]), groups: 1, window: 1 };
+    exchange(rank, &mesh, &greeting)?;
+    // From now on everybody receives and nobody sends.
     let recv = mesh.recv.iter().flatten().next().copied().ok_or("no peer")?;
     let plan = Plan { seed: 0, kind: Kind::Sizes(vec![64]), groups: u64::MAX, window: STEPS };
     let buffer = Arc::new(plan.buffer());
