@@ -49,8 +49,7 @@ impl Stage {
         let dir = std::env::temp_dir().join(format!("ff-hosts-{pid}"));
         std::fs::create_dir_all(&dir).context(format_args!("cannot make {}", dir.display()))?;
         let names = [format!("ff{pid}a"), format!("ff{pid}b")];
-        let mut stage =
-            Self { freeflow: tree.join("bin/freeflow"), probes, dir, names, routers: Vec::new() };
+        let mut stage = Self { freeflow: tree.join("bin/freeflow"), probes, dir, names, routers: Vec::new() };
         stage.join()?;
         stage.certify()?;
         for over in Over::ROUTERS {
