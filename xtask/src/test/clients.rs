@@ -170,7 +170,7 @@ fn xrc() -> Vec<Client> {
 
 fn libfabric() -> Vec<Client> {
     let pingpong = |options: &str, size: &'static str| {
-        let command = format!("fi_pingpong {options} -I 1000 -S all");
+        let command = format!("fi_pingpong {options} -I 1000");
         Client::same(&command, &[Says(size), NeverSays("error")])
     };
     vec![

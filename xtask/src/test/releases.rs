@@ -111,15 +111,7 @@ fn source(version: &str) -> Outcome<PathBuf> {
             finish(Command::new("python3").args(["-m", "venv"]).arg(home.join("venv")))?;
         }
         let mut fetch = Command::new(pip);
-        fetch.args([
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-binary",
-            ":all:",
-            "--dest",
-        ]);
+        fetch.args(["download", "--quiet", "--no-deps", "--dest"]);
         // Unpacking is ours: pip would build what it fetches, and has said so by its exit status where it cannot.
         let fetched = finish(fetch.arg(&home).arg(format!("pyverbs=={version}")));
         let archive = home.join(format!("pyverbs-{version}.tar.gz"));
