@@ -25,6 +25,21 @@ pub struct State {
     pub routers: Vec<PathBuf>,
 }
 
+impl State {
+    /// A path of the lab's own processes, for others.
+    pub fn from_outside(&self, path: &Path) -> PathBuf {
+        let root = Path::new("/proc").join(self.inner.to_string()).join("root");
+        root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// The router of a container: each host has as many, in its order.
+    pub fn router_of(&self, container: &str) -> Option<PathBuf> {
+        let number = self.containers.iter().position(|name| name == container)?;
+        let router = self.routers.get(number * self.routers.len() / self.containers.len())?;
+        Some(self.from_outside(router))
+    }
+}
+
 pub fn dir_of(runtime: &Path, pid: u32) -> PathBuf {
     runtime.join(format!("{PREFIX}{pid}"))
 }
@@ -71,4 +86,24 @@ fn labs(runtime: &Path) -> Vec<(u32, PathBuf)> {
     let entries = fs::read_dir(runtime).into_iter().flatten().flatten();
     let pid_of = |name: &str| name.strip_prefix(PREFIX)?.parse().ok();
     entries.filter_map(|e| Some((pid_of(e.file_name().to_str()?)?, e.path()))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containers_have_their_hosts_router() {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let state = State {
+            inner: 7,
+            rootless: false,
+            containers: names(&["h1c1", "h1c2", "h2c1", "h2c2"]),
+            routers: ["/run/1.sock", "/run/2.sock"].map(PathBuf::from).to_vec(),
+        };
+        let router = |name: &str| state.router_of(name).map(|path| path.display().to_string());
+        assert_eq!(router("h1c2").as_deref(), Some("/proc/7/root/run/1.sock"));
+        assert_eq!(router("h2c1").as_deref(), Some("/proc/7/root/run/2.sock"));
+        assert_eq!(router("h3c1"), None);
+    }
 }
