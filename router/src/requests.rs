@@ -315,14 +315,16 @@ fn connect_far(session: &Session, qpn: u32, gid: Gid) -> Result<bool> {
     };
     let qp = session.shared.with(|state| {
         let qp = state.far_qp(qpn)?;
-        state.qps.get_mut(qpn).into_iter().for_each(|row| row.far = qp.kind != QpType::Ud);
-        Ok::<_, Refusal>(qp)
+        let Some(row) = state.qps.get_mut(qpn).filter(|_| qp.kind != QpType::Ud) else { return Ok(None) };
+        // One that is connected there already stays so: its requests may be under way.
+        let before = std::mem::replace(&mut row.far, true);
+        Ok::<_, Refusal>(Some((qp, before)))
     })?;
-    let connected = qp.kind != QpType::Ud;
-    if connected {
+    if let Some((qp, false)) = qp {
         links.connect(qp, host);
+        return Ok(true);
     }
-    Ok(connected)
+    Ok(qp.is_some())
 }
 
 impl Handle for OpenDoorbell {

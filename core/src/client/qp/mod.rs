@@ -261,9 +261,12 @@ impl Qp {
         &self.pd.context
     }
 
-    /// Runs `look` on the peer of a connected QP, if it is there.
+    /// Runs `look` on the peer of a connected QP, if it is there and on this host.
     pub(super) fn with_peer<R>(&self, look: impl FnOnce(&PeerQp) -> R) -> Option<R> {
         let mut side = self.send.lock();
+        if side.is_link() {
+            return None;
+        }
         if !side.route.knows(&Target::Receive) {
             self.look_for_peer(&mut side.route, &Target::Receive);
         }
