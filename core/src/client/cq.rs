@@ -299,7 +299,7 @@ impl Cq {
     }
 
     fn add(&self, feed: Feed) -> u32 {
-        let mut settled = Vec::new(); // dropped after the lock: the last reference to a QP detaches it
+        let _settled; // dropped after the lock: the last reference to a QP detaches it
         let mut inner = self.inner.lock();
         let index = inner.feeds.iter().position(Option::is_none).unwrap_or_else(|| {
             inner.feeds.push(None);
@@ -309,21 +309,43 @@ impl Cq {
         inner.feeds[index] = Some(feed);
         inner.count += 1;
         if inner.count > SCAN_LIMIT && !inner.mapped {
-            inner.mapped = true;
-            self.shared[0].map();
-            self.mapped.store(true, Ordering::Relaxed);
-            // A send that begins after this marks; one that began before is seen by whoever gets this CQ's lock next.
-            settled.extend(inner.feeds.iter().flatten().filter_map(Feed::qp));
-            settled.iter().for_each(|qp| qp.settle());
-            let Inner { feeds, ready, .. } = &mut *inner;
-            for (index, feed) in feeds.iter_mut().enumerate() {
-                if let Some(feed) = feed {
-                    feed.listed = true;
-                    ready.push_back(index);
-                }
-            }
+            _settled = self.map(&mut inner);
         }
         bit
+    }
+
+    /// From now on whoever completes something marks it, however few queues there are: [`Cq::is_marked`] is worth asking.
+    pub fn have_marked(&self) {
+        let _settled; // dropped after the lock, as above
+        let mut inner = self.inner.lock();
+        if !inner.mapped {
+            _settled = self.map(&mut inner);
+        }
+    }
+
+    /// Did anybody complete something since the last poll? One look at one word, for [`Cq::have_marked`]. Sends of this process
+    /// that a poll found unfinished are not marked again.
+    #[inline]
+    pub fn is_marked(&self) -> bool {
+        self.shared[0].is_dirty()
+    }
+
+    /// Returns queue pairs that are to be dropped after the lock.
+    fn map(&self, inner: &mut Inner) -> Vec<Arc<Qp>> {
+        inner.mapped = true;
+        self.shared[0].map();
+        self.mapped.store(true, Ordering::Relaxed);
+        // A send that begins after this marks; one that began before is seen by whoever gets this CQ's lock next.
+        let settled: Vec<_> = inner.feeds.iter().flatten().filter_map(Feed::qp).collect();
+        settled.iter().for_each(|qp| qp.settle());
+        let Inner { feeds, ready, .. } = inner;
+        for (index, feed) in feeds.iter_mut().enumerate() {
+            if let Some(feed) = feed {
+                feed.listed = true;
+                ready.push_back(index);
+            }
+        }
+        settled
     }
 
     /// Detaches a QP; its completions that were not polled are gone, as ibv_destroy_qp(3) says.

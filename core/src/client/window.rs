@@ -42,6 +42,11 @@ impl Window {
             .then(|| self.map.base().wrapping_add(self.offset + offset as usize))
     }
 
+    /// The peer's key.
+    pub fn key(&self) -> u32 {
+        self.key
+    }
+
     /// What the key grants; the caller heeds it.
     pub fn access(&self) -> Access {
         self.access

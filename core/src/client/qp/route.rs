@@ -10,6 +10,7 @@ use crate::verbs::Gid;
 
 use super::super::context::Context;
 use super::super::path::DirectPath;
+use super::Qp;
 
 /// The resolved peers of a send queue.
 #[derive(Debug, Default)]
@@ -122,5 +123,17 @@ impl Route {
             }
             _ => self.connected = Some(path),
         }
+    }
+}
+
+impl Qp {
+    /// Is there a way for this QP's datagrams to `dest`? On this host: is there such a queue pair of the same tenant, and does it
+    /// receive. On another: does the router know a host that has the address.
+    pub fn reaches(&self, dest: UdDest) -> bool {
+        let (target, mut side) = (Target::Datagram(dest), self.send.lock());
+        if !side.route.knows(&target) {
+            side.route.resolve(self.context(), self.qpn(), &target);
+        }
+        side.route.knows(&target)
     }
 }
