@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 use std::ffi::{c_int, c_void};
-use std::sync::Arc;
+use std::rc::Rc;
+use std::sync::{Arc, OnceLock};
 
 use freeflow_core::client::{Context, Mr, Window};
 use freeflow_core::shm::Mapping;
 use freeflow_core::verbs::Access;
 
-use crate::ep::Ep;
+use crate::ep::{Ep, neighbours};
 use crate::uct::types::Status;
 
 /// A key on its way.
@@ -20,11 +21,14 @@ pub struct Packed {
     key: u32,
     addr: u64,
     len: u64,
+    /// 1: others may carry out atomics on it, 0: only its owner.
+    atomics: u64,
 }
 
 impl Packed {
     pub fn new(context: &Context, mr: &Mr) -> Self {
-        Packed { gid: context.gid().0, client: context.id(), key: mr.key(), addr: mr.addr(), len: mr.len() }
+        let (gid, client, atomics) = (context.gid().0, context.id(), mr.is_movable().into());
+        Packed { gid, client, key: mr.key(), addr: mr.addr(), len: mr.len(), atomics }
     }
 }
 
@@ -32,12 +36,14 @@ impl Packed {
 pub struct Rkey {
     packed: Packed,
     near: RefCell<Option<Near>>,
+    /// All of the memory, once somebody asked for a pointer into it: that is good as long as the key.
+    lent: OnceLock<Window>,
 }
 
 struct Near {
     /// [`Ep::serial`].
     ep: u64,
-    window: Window,
+    window: Rc<Window>,
 }
 
 impl Rkey {
@@ -50,6 +56,11 @@ impl Rkey {
 
     pub fn key(&self) -> u32 {
         self.packed.key
+    }
+
+    /// Or does only the owner carry out atomics on it?
+    pub fn allows_atomics(&self) -> bool {
+        self.packed.atomics == 1
     }
 
     /// Where `[addr, addr+len)` of the peer is in this process, if it is mapped here, the key lives and grants `need`.
@@ -81,10 +92,26 @@ impl Rkey {
 
     #[cold]
     fn look(&self, ep: &Ep, need: Access, addr: u64, len: u64) -> Option<*mut u8> {
-        let window = ep.qp().window(self.packed.key, need, addr, len).ok()?;
+        let window = ep.window(self.packed.key, need, addr, len)?;
         let at = window.at(addr, len);
+        window.count(len);
         *self.near.borrow_mut() = Some(Near { ep: ep.serial, window });
         at
+    }
+
+    /// A pointer to `addr` that is good as long as the key: if all of the memory is mapped here, by any endpoint to its owner.
+    fn pointer(&self, addr: u64) -> Result<*mut u8, Status> {
+        let Packed { gid, client, key, addr: from, len, .. } = self.packed;
+        let window = match self.lent.get() {
+            Some(window) => window,
+            None => {
+                let need = Access::REMOTE_READ | Access::REMOTE_WRITE;
+                let all = neighbours::find(gid, client, |qp| qp.window(key, need, from, len).ok());
+                let all = all.ok_or(Status::UNREACHABLE)?;
+                self.lent.get_or_init(|| all)
+            }
+        };
+        window.at(addr, 0).ok_or(Status::INVALID_ADDR)
     }
 }
 
@@ -97,7 +124,7 @@ pub unsafe extern "C" fn unpack(
 ) -> Status {
     // SAFETY: UCX's buffer of rkey_packed_size bytes, of no alignment.
     let packed = unsafe { buffer.read_unaligned() };
-    let unpacked = Box::new(Rkey { packed, near: RefCell::new(None) });
+    let unpacked = Box::new(Rkey { packed, near: RefCell::new(None), lent: OnceLock::new() });
     // SAFETY: UCX's places for the results.
     unsafe { rkey.write(Box::into_raw(unpacked) as usize) };
     // SAFETY: as above.
@@ -117,7 +144,7 @@ pub unsafe extern "C" fn unpack_with_params(
     unsafe { unpack(component, buffer, rkey, handle) }
 }
 
-/// `rkey_ptr`: the pointer, once an endpoint has used the key where the path is direct.
+/// `rkey_ptr`, of any thread.
 pub unsafe extern "C" fn ptr(
     _component: *mut c_void,
     rkey: usize,
@@ -126,14 +153,14 @@ pub unsafe extern "C" fn ptr(
     local: *mut *mut c_void,
 ) -> Status {
     // SAFETY: UCX calls it on a key of ours.
-    let rkey = unsafe { Rkey::from_raw(rkey) };
-    let near = rkey.near.borrow();
-    let Some(at) = near.as_ref().and_then(|near| near.window.at(addr, 0)) else {
-        return Status::UNREACHABLE;
-    };
-    // SAFETY: UCX's place for the result.
-    unsafe { local.write(at.cast()) };
-    Status::OK
+    match unsafe { Rkey::from_raw(rkey) }.pointer(addr) {
+        Ok(at) => {
+            // SAFETY: UCX's place for the result.
+            unsafe { local.write(at.cast()) };
+            Status::OK
+        }
+        Err(status) => status,
+    }
 }
 
 /// `rkey_release`.

@@ -34,8 +34,8 @@ pub struct IfaceAddress {
 /// The Q_Key of all our datagrams.
 pub const QKEY: u32 = 0x1ff0_ff01;
 const MAGIC: u32 = 0x7563_7866;
-/// Raised with each change of a datagram or of the FIFO's layout.
-const VERSION: u16 = 1;
+/// Raised with each change of a datagram, of a key, or of the FIFO's layout.
+const VERSION: u16 = 2;
 
 /// [`Datagram::kind`].
 pub mod kind {
@@ -83,6 +83,43 @@ impl Datagram {
 
 /// Message ids beyond UCX's own: the sender leaves.
 pub const BYE: u8 = 0xff;
+/// Carry this out on your memory: an [`AtomicRequest`].
+pub const ATOMIC: u8 = 0xfe;
+
+/// An atomic that only the memory's owner can carry out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct AtomicRequest {
+    /// `uct_atomic_op_t`, and the operand's bytes: 4 or 8.
+    pub op: u32,
+    pub size: u32,
+    pub value: u64,
+    pub compare: u64,
+    pub addr: u64,
+    pub key: u32,
+    /// Where the [`AtomicAnswer`] is to be written, by which key.
+    pub answer_key: u32,
+    pub answer_addr: u64,
+}
+
+/// What comes back, by a WRITE.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct AtomicAnswer {
+    /// What was there before.
+    pub old: u64,
+    /// [`answer`]; last, as a WRITE is seen in this order.
+    pub verdict: u64,
+}
+
+/// [`AtomicAnswer::verdict`].
+pub mod answer {
+    /// Not there yet.
+    pub const NONE: u64 = 0;
+    pub const DONE: u64 = 1;
+    /// The key does not grant it.
+    pub const REFUSED: u64 = 2;
+}
 
 /// Bytes in front of an active message that goes as a SEND: its id.
 pub const SEND_HEADER: usize = 8;
@@ -104,5 +141,10 @@ mod tests {
         let mut newer = request;
         newer.version += 1;
         assert_eq!(Datagram::parse(newer.as_bytes()), None);
+    }
+
+    #[test]
+    fn an_atomic_is_a_short_message() {
+        const { assert!(size_of::<AtomicRequest>() <= freeflow_core::ring::fifo::SLOT_BYTES) };
     }
 }

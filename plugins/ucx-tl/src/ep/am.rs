@@ -58,7 +58,7 @@ fn acceptable(id: u8, len: usize, most: usize) -> bool {
 impl Ep {
     /// Sends a message that fits into a slot, which `fill` writes.
     #[inline]
-    fn send_short(&self, id: u8, len: usize, fill: impl FnOnce(*mut u8)) -> Status {
+    pub(super) fn send_short(&self, id: u8, len: usize, fill: impl FnOnce(*mut u8)) -> Status {
         if self.mode.get() != Mode::Direct || !self.may_send() {
             return self.send_short_otherwise(id, len, fill);
         }
@@ -99,12 +99,19 @@ impl Ep {
         let mut fifo = self.fifo.borrow_mut();
         let Some(out) = &mut *fifo else { return self.obstacle().as_len() };
         let (there, segment) = (out.fifo(), out.segment as u32);
-        let Some((_, place)) = out.sender.slot_and_place(there, segment) else {
+        let Some((slot, place)) = out.sender.slot_and_place(there, segment) else {
             return Status::NO_RESOURCE.as_len();
         };
-        let len = fill(out.pool(place));
+        let at = out.pool(place);
+        let len = fill(at);
         out.window.count(len as u64);
-        if out.sender.publish(there, len as u16, id, Some(place)) {
+        // One that turns out short: its bytes are in our cache, and the receiver's next look is at the slot anyway.
+        let pooled = (len > SLOT_BYTES).then_some(place);
+        if pooled.is_none() {
+            // SAFETY: a slot's payload has room for them; they are in the pool, at `at`.
+            unsafe { slot.payload().copy_from_nonoverlapping(at, len) };
+        }
+        if out.sender.publish(there, len as u16, id, pooled) {
             drop(fifo);
             self.wake_peer();
         }

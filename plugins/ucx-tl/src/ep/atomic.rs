@@ -1,5 +1,5 @@
 //! Atomics: the processor's own on the peer's memory where it is mapped here, else COMPARE_AND_SWAP and FETCH_AND_ADD of
-//! 64 bits, in a loop for what those two do not do.
+//! 64 bits, in a loop for what those two do not do. Memory whose pages cannot move has an owner who does them ([`super::owner`]).
 
 use std::ffi::{c_uint, c_void};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -58,14 +58,14 @@ here!(here64, AtomicU64, u64);
 
 /// An operation as UCX asks for it.
 #[derive(Clone, Copy)]
-struct Asked {
-    op: c_uint,
-    size: usize,
-    value: u64,
-    compare: u64,
-    addr: u64,
+pub struct Asked {
+    pub op: c_uint,
+    pub size: usize,
+    pub value: u64,
+    pub compare: u64,
+    pub addr: u64,
     /// Where the old value goes; null: nowhere.
-    result: *mut c_void,
+    pub result: *mut c_void,
 }
 
 /// An operation on memory that is not mapped here: compare-and-swap of the aligned 8 bytes, until nobody was faster.
@@ -135,7 +135,7 @@ impl Loop {
 
 /// # Safety
 /// `to` is null or has `size` bytes.
-unsafe fn store_result(to: *mut c_void, size: usize, value: u64) {
+pub unsafe fn store_result(to: *mut c_void, size: usize, value: u64) {
     if !to.is_null() {
         // SAFETY: by the caller's promise; little-endian, so that the low bytes are the first.
         unsafe { to.cast::<u8>().copy_from_nonoverlapping(value.to_le_bytes().as_ptr(), size) };
@@ -152,15 +152,14 @@ impl Ep {
             return self.obstacle();
         }
         let Some(there) = rkey.near(self, NEED, addr, size as u64) else {
-            return self.atomic_elsewhere(asked, rkey, comp);
+            return if rkey.allows_atomics() {
+                self.atomic_elsewhere(asked, rkey, comp)
+            } else {
+                self.atomic_by_owner(asked, rkey, comp)
+            };
         };
-        let old = if size == 4 {
-            // SAFETY: in the peer's memory, mapped and checked by near(), and aligned like the peer's address.
-            here32(unsafe { AtomicU32::from_ptr(there.cast()) }, op, value, compare)
-        } else {
-            // SAFETY: as above.
-            here64(unsafe { AtomicU64::from_ptr(there.cast()) }, op, value, compare)
-        };
+        // SAFETY: in the peer's memory, mapped and checked by near(), and aligned like the peer's address.
+        let old = unsafe { carry_out(there, op, size, value, compare) };
         // SAFETY: UCX's place for the result, or null.
         unsafe { store_result(result, size, old.unwrap_or_default()) };
         Status::OK
@@ -183,6 +182,20 @@ impl Ep {
             bounce: Some(buffer),
             keep: None,
         })
+    }
+}
+
+/// On an operand that is mapped here. None: no such operation.
+///
+/// # Safety
+/// `at` is aligned and has `size` bytes, 4 or 8, that are only used as atomics meanwhile.
+pub unsafe fn carry_out(at: *mut u8, op: c_uint, size: usize, value: u64, compare: u64) -> Option<u64> {
+    if size == 4 {
+        // SAFETY: by the caller's promise.
+        here32(unsafe { AtomicU32::from_ptr(at.cast()) }, op, value, compare)
+    } else {
+        // SAFETY: by the caller's promise.
+        here64(unsafe { AtomicU64::from_ptr(at.cast()) }, op, value, compare)
     }
 }
 

@@ -6,6 +6,8 @@
 
 pub mod am;
 pub mod atomic;
+pub mod neighbours;
+pub mod owner;
 pub mod pending;
 pub mod queue;
 pub mod rma;
@@ -13,6 +15,7 @@ pub mod rma;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_uint, c_void};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,6 +35,8 @@ pub const SEND_DEPTH: u32 = 64;
 /// Between a request and its repetition: at first, and at most.
 const FIRST_WAIT: Duration = Duration::from_millis(1);
 const LONGEST_WAIT: Duration = Duration::from_millis(100);
+/// Pieces of a peer's memory remembered.
+const WINDOWS: usize = 16;
 /// `UCT_FLUSH_FLAG_CANCEL`.
 const FLUSH_CANCEL: c_uint = 1;
 
@@ -58,6 +63,8 @@ pub struct Ep {
     qp: Arc<Qp>,
     mode: Cell<Mode>,
     fifo: RefCell<Option<Outgoing>>,
+    /// The peer's memory as used lately: UCX unpacks a key anew for each rendezvous. Most recently used last.
+    windows: RefCell<Vec<Rc<Window>>>,
     pending: RefCell<VecDeque<*mut PendingReq>>,
     /// UCX's pending requests are being run: they may send.
     dispatching: Cell<bool>,
@@ -139,6 +146,22 @@ impl Ep {
         &self.qp
     }
 
+    /// Where the peer's `[addr, addr+len)` is mapped here, if it is and the key grants `need`.
+    pub fn window(&self, key: u32, need: Access, addr: u64, len: u64) -> Option<Rc<Window>> {
+        let mut windows = self.windows.borrow_mut();
+        let fits = |w: &Rc<Window>| w.key() == key && w.access().contains(need) && w.at(addr, len).is_some();
+        if let Some(at) = windows.iter().rposition(fits) {
+            windows[at..].rotate_left(1);
+            return windows.last().cloned();
+        }
+        let made = Rc::new(self.qp.window(key, need, addr, len).ok()?);
+        if windows.len() == WINDOWS {
+            windows.remove(0);
+        }
+        windows.push(Rc::clone(&made));
+        Some(made)
+    }
+
     /// May something new be sent? Not past what waits.
     #[inline]
     fn may_send(&self) -> bool {
@@ -179,6 +202,9 @@ impl Ep {
         }
         let fifo = Outgoing::map(&self.qp, said);
         let mode = if fifo.is_some() { Mode::Direct } else { Mode::Queued };
+        if mode == Mode::Direct {
+            neighbours::add(self.request.to.gid, self.request.to.client, &self.qp);
+        }
         *self.fifo.borrow_mut() = fifo;
         self.mode.set(mode);
         if mode == Mode::Queued {
@@ -280,6 +306,7 @@ fn make(iface: &Iface, to: IfaceAddress) -> freeflow_core::error::Result<Box<Ep>
         qp,
         mode: Cell::new(Mode::Asking),
         fifo: RefCell::new(None),
+        windows: RefCell::default(),
         pending: RefCell::default(),
         dispatching: Cell::new(false),
         started: Cell::new(0),

@@ -18,21 +18,25 @@ impl Ep {
         }
     }
 
-    /// Could a message be sent now?
+    /// Could anything be started now? UCX is told so by BUSY and then tries until it can, without progress: what is missing for
+    /// any call counts.
     fn has_resources(&self) -> bool {
+        let queue = || self.qp().send_room() > 0 && self.iface().bounce.borrow().has_room();
         match self.mode.get() {
             Mode::Asking => false,
-            Mode::Direct => {
-                let mut fifo = self.fifo.borrow_mut();
-                fifo.as_mut().is_some_and(|out| {
-                    let (fifo, segment) = (out.fifo(), out.segment as u32);
-                    out.sender.slot_and_place(fifo, segment).is_some()
-                })
-            }
-            Mode::Queued => self.qp().send_room() > 0 && self.iface().bounce.borrow().has_room(),
+            Mode::Direct => self.has_fifo_room() && queue(),
+            Mode::Queued => queue(),
             // The request is to learn of the failure.
             Mode::Failed(_) => true,
         }
+    }
+
+    fn has_fifo_room(&self) -> bool {
+        let mut fifo = self.fifo.borrow_mut();
+        fifo.as_mut().is_some_and(|out| {
+            let (fifo, segment) = (out.fifo(), out.segment as u32);
+            out.sender.slot_and_place(fifo, segment).is_some()
+        })
     }
 
     /// Runs what waits, as far as it goes. Returns how many requests ended.

@@ -12,6 +12,7 @@ use freeflow_core::shm::Mapping;
 use freeflow_core::verbs::{Access, SendFlags, SendOp, Sge, Wc, WcStatus};
 
 use super::atomic::Loop;
+use super::owner::Awaited;
 use super::{Ep, Mode, SEND_DEPTH};
 use crate::iface::{Event, Iface};
 use crate::uct::types::{Completion, Status, UnpackCallback};
@@ -36,21 +37,34 @@ pub enum Then {
     },
     /// Store an atomic's result, or try once more.
     Atomic(Loop),
+    /// Not the queue pair ends it, but the answer of the memory's owner.
+    Answer(Awaited),
 }
 
 /// A request in a queue pair's hands.
 pub struct Op {
     ep: usize,
     serial: u64,
-    then: Then,
+    pub then: Then,
     /// Null: nobody waits.
-    comp: *mut Completion,
-    bounce: Option<Buffer>,
+    pub comp: *mut Completion,
+    pub bounce: Option<Buffer>,
     /// Registered for it alone.
     _keep: Option<Arc<Mr>>,
 }
 
-/// Buffers of our own, in which data waits for a queue pair.
+impl Op {
+    pub fn new(ep: &Ep, then: Then, comp: *mut Completion, bounce: Option<Buffer>) -> Self {
+        Op { ep: ep.number, serial: ep.serial, then, comp, bounce, _keep: None }
+    }
+
+    /// Its endpoint, if that is still there.
+    pub fn ep<'a>(&self, iface: &'a Iface) -> Option<&'a Ep> {
+        iface.ep(self.ep).filter(|ep| ep.serial == self.serial)
+    }
+}
+
+/// Buffers of our own, in which data waits for a queue pair, and into which peers write answers.
 #[derive(Default)]
 pub struct Bounce {
     memory: Option<Arc<Mr>>,
@@ -67,8 +81,9 @@ pub struct Buffer {
 }
 
 impl Bounce {
+    /// For any one call: an atomic may take one for its message, and one for the answer.
     pub fn has_room(&self) -> bool {
-        self.memory.is_none() || !self.free.is_empty()
+        self.memory.is_none() || self.free.len() >= 2
     }
 
     fn take(&mut self, iface: &Iface) -> Option<Buffer> {
@@ -76,7 +91,7 @@ impl Bounce {
             let count = SEND_DEPTH as usize;
             self.room = (SEND_HEADER + iface.config.seg_size).next_multiple_of(64);
             let len = (count * self.room) as u64;
-            self.memory = Some(iface.md().pd.allocate(len, Access::LOCAL_WRITE).ok()?);
+            self.memory = Some(iface.md().pd.allocate(len, Access::LOCAL_WRITE | Access::REMOTE_WRITE).ok()?);
             self.free = (0..count).collect();
         }
         let memory = self.memory.as_ref()?;
@@ -113,7 +128,7 @@ impl Ep {
     pub fn start(&self, start: Start<'_>) -> Status {
         let Start { op, target, sges, then, comp, bounce, keep } = start;
         let iface = self.iface();
-        let made = Op { ep: self.number, serial: self.serial, then, comp, bounce, _keep: keep };
+        let made = Op { _keep: keep, ..Op::new(self, then, comp, bounce) };
         let number = iface.ops.borrow_mut().insert(made);
         if self.post(op, target, sges, number) {
             self.started.set(self.started.get() + 1);
@@ -182,7 +197,7 @@ fn status_of(wc: &Wc) -> Status {
 /// The queue pair has ended a request.
 pub fn completed(iface: &Iface, number: usize, wc: &Wc) {
     let Some(mut op) = iface.ops.borrow_mut().try_remove(number) else { return };
-    let ep = iface.ep(op.ep).filter(|ep| ep.serial == op.serial);
+    let ep = op.ep(iface);
     let status = status_of(wc);
     if status == Status::OK {
         if let (Then::Atomic(again), Some(ep), Some(buffer)) = (&mut op.then, ep, op.bounce)
@@ -215,7 +230,7 @@ fn repeat(ep: &Ep, op: Op, send: SendOp, target: Target) {
 fn finish(op: &Op) {
     let from = op.bounce.map_or(std::ptr::null_mut(), |buffer| buffer.at);
     match &op.then {
-        Then::Nothing => {}
+        Then::Nothing | Then::Answer(_) => {}
         // SAFETY: UCX's function and argument; the buffer holds so many bytes.
         Then::Unpack { callback, arg, len } => unsafe { callback(*arg, from.cast(), *len) },
         // SAFETY: UCX keeps the destination until the completion; the buffer holds so many bytes.
@@ -224,7 +239,7 @@ fn finish(op: &Op) {
     }
 }
 
-fn end(ep: Option<&Ep>, comp: *mut Completion, status: Status) {
+pub fn end(ep: Option<&Ep>, comp: *mut Completion, status: Status) {
     if let Some(ep) = ep {
         ep.ended();
     }

@@ -3,18 +3,23 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use freeflow_core::client::{Mr, Qp};
+use freeflow_core::client::{Mr, Qp, SendWr};
 use freeflow_core::error::Result;
+use freeflow_core::exec::{Request, Target};
 use freeflow_core::ring::fifo::Message;
 use freeflow_core::ring::{Fifo, FifoReceiver, FifoShared, FifoSlot};
-use freeflow_core::verbs::{Access, Gid, QpState, Sge};
+use freeflow_core::verbs::{Access, Gid, QpState, SendFlags, SendOp, Sge};
+use zerocopy::IntoBytes;
 
 use super::{Config, Event, Iface};
 use crate::connect::{connect_rc, make_rc};
+use crate::ep::{SEND_DEPTH, owner};
 use crate::md::Md;
 use crate::uct::types::AM_IDS;
-use crate::wire::{BYE, Datagram, SEND_HEADER, kind};
+use crate::wire::{ATOMIC, AtomicRequest, BYE, Datagram, SEND_HEADER, kind};
 
+/// Answers on their way to one peer: it waits for as many as it has buffers; the word that one has come may be late.
+const ANSWERS: u32 = 2 * SEND_DEPTH;
 /// Messages taken from one FIFO before the next has its turn.
 const TURN: u32 = 16;
 
@@ -49,7 +54,7 @@ impl Incoming {
         let len = pool_offset(slots) + pool + room * rx_queue_len as usize;
         let memory =
             md.pd.allocate(len as u64, Access::LOCAL_WRITE | Access::REMOTE_WRITE | Access::REMOTE_READ)?;
-        let qp = make_rc(&md.pd, &iface.cq, 1, rx_queue_len)?;
+        let qp = make_rc(&md.pd, &iface.cq, ANSWERS, rx_queue_len)?;
         connect_rc(&qp, Gid(request.gid), request.qpn)?;
         let reply = Datagram {
             gid: md.context.gid().0,
@@ -119,16 +124,54 @@ impl Incoming {
             };
             let said = self.payload(message, slot, place).filter(|_| usize::from(message.id) < AM_IDS);
             let Some(data) = said else {
-                self.end(iface, message.id == BYE);
-                break;
+                if !self.take_own(iface, message, slot.payload()) {
+                    break;
+                }
+                self.consume(fifo);
+                taken += 1;
+                continue;
             };
             iface.deliver(message.id, data, usize::from(message.len));
-            let mut receiver = self.receiver.get();
-            receiver.consume(fifo);
-            self.receiver.set(receiver);
+            self.consume(fifo);
             taken += 1;
         }
         taken
+    }
+
+    #[inline]
+    fn consume(&self, fifo: Fifo<'_>) {
+        let mut receiver = self.receiver.get();
+        receiver.consume(fifo);
+        self.receiver.set(receiver);
+    }
+
+    /// A message that is not UCX's: one of ours, or nonsense. False: it was the last.
+    #[cold]
+    fn take_own(&self, iface: &Iface, message: Message, payload: *const u8) -> bool {
+        let taken =
+            message.id == ATOMIC && !message.pooled && self.serve(iface, payload, usize::from(message.len));
+        if !taken {
+            self.end(iface, message.id == BYE);
+        }
+        taken
+    }
+
+    /// Carries out a peer's atomic, and writes the answer. False: it is none, or the peer has more under way than it may.
+    fn serve(&self, iface: &Iface, at: *const u8, len: usize) -> bool {
+        let mut said = [0; size_of::<AtomicRequest>()];
+        if len != said.len() {
+            return false;
+        }
+        // SAFETY: a message of that length, in memory of ours; copied before it is judged.
+        unsafe { at.copy_to_nonoverlapping(said.as_mut_ptr(), len) };
+        let Some((request, answer)) = owner::serve(iface.md(), &said) else { return false };
+        while self.qp.send_room() == 0 && iface.take_completions() {}
+        let AtomicRequest { answer_addr: addr, answer_key: rkey, .. } = request;
+        let sge =
+            Sge { addr: answer.as_bytes().as_ptr() as u64, length: size_of_val(&answer) as u32, lkey: 0 };
+        let (op, flags, target) = (SendOp::Write, SendFlags::INLINE, Target::Memory { addr, rkey });
+        let request = Request { op, flags, imm: 0, target, srqn: 0, sges: &[sge] };
+        self.qp.post_send(&SendWr { wr_id: Event::None.pack(), request }).is_ok()
     }
 
     /// All that came is read: the sender gets its room back.
@@ -160,12 +203,11 @@ impl Incoming {
         let at = self.buffer(buffer) as *mut u8;
         // SAFETY: in the region's receive buffers.
         let id = unsafe { at.read() };
-        if id == BYE {
-            return self.end(iface, true);
-        }
+        let (data, len) = (at.wrapping_add(SEND_HEADER), len - SEND_HEADER);
         // A peer on the direct path could still write there; it then harms what it sends itself.
-        if !iface.deliver(id, at.wrapping_add(SEND_HEADER), len - SEND_HEADER) {
-            self.end(iface, false);
+        let taken = if id == ATOMIC { self.serve(iface, data, len) } else { iface.deliver(id, data, len) };
+        if !taken {
+            self.end(iface, id == BYE);
         }
     }
 

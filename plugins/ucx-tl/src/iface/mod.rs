@@ -97,6 +97,8 @@ pub struct Iface {
     /// Numbers of endpoints with pending requests.
     pub waiting: RefCell<VecDeque<usize>>,
     pub ops: RefCell<Slab<Op>>,
+    /// Those of them that wait for a peer's answer.
+    pub asked: RefCell<Vec<usize>>,
     pub bounce: RefCell<Bounce>,
     pub jobs: RefCell<Jobs>,
     /// Endpoints whose failure UCX must hear of.
@@ -145,8 +147,8 @@ impl Iface {
     pub fn send_datagram(&self, said: &Datagram, dgid: Gid, qpn: u32) {
         let bytes = said.as_bytes();
         let sge = Sge { addr: bytes.as_ptr() as u64, length: bytes.len() as u32, lkey: 0 };
-        let dest = UdDest { dgid, qpn, qkey: QKEY, traffic_class: 0, hop_limit: 64 };
-        let (op, flags, target) = (SendOp::Send, SendFlags::INLINE, Target::Datagram(dest));
+        let (op, flags, target) =
+            (SendOp::Send, SendFlags::INLINE, Target::Datagram(datagrams_to(dgid, qpn)));
         let request = Request { op, flags, imm: 0, target, srqn: 0, sges: &[sge] };
         let _ = self.ud.post_send(&SendWr { wr_id: Event::None.pack(), request });
     }
@@ -159,7 +161,12 @@ impl Iface {
     }
 }
 
-const _: () = assert!(AM_IDS <= crate::wire::BYE as usize);
+/// Where a peer's interface takes datagrams.
+fn datagrams_to(dgid: Gid, qpn: u32) -> UdDest {
+    UdDest { dgid, qpn, qkey: QKEY, traffic_class: 0, hop_limit: 64 }
+}
+
+const _: () = assert!(AM_IDS <= crate::wire::ATOMIC as usize);
 
 #[cfg(test)]
 mod tests {

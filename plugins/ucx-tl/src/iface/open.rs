@@ -175,6 +175,7 @@ fn make(md: &Md, config: Config) -> freeflow_core::error::Result<Box<Iface>> {
     let channel = md.context.create_channel()?;
     let depth = CQ_DEPTH.min(md.context.limits().max_cqe);
     let cq = md.context.create_cq(depth, 0, Some(Arc::clone(&channel)))?;
+    cq.have_marked();
     progress::never_block(&channel)?;
     let ud = make_ud(&md.pd, &cq, DATAGRAMS as u32)?;
     let datagrams = md.pd.allocate((DATAGRAMS * DATAGRAM_ROOM) as u64, Access::LOCAL_WRITE)?;
@@ -191,6 +192,7 @@ fn make(md: &Md, config: Config) -> freeflow_core::error::Result<Box<Iface>> {
         eps: Default::default(),
         waiting: Default::default(),
         ops: Default::default(),
+        asked: Default::default(),
         bounce: Default::default(),
         jobs: Default::default(),
         failed: Default::default(),

@@ -1,5 +1,5 @@
-//! Progress: FIFOs first, each time; the completion queue, requests that wait for an answer, and failures, less often unless
-//! something goes that way. And sleeping.
+//! Progress: FIFOs first, each time; the completion queue where something is marked or expected; requests that wait for an answer,
+//! and failures, less often. And sleeping.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::os::fd::AsRawFd;
@@ -12,12 +12,12 @@ use freeflow_core::verbs::{Gid, Wc, WcStatus};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::{Event, Iface, Incoming};
-use crate::ep::{Ep, queue};
+use crate::ep::{Ep, owner, queue};
 use crate::uct::symbols::Level;
 use crate::uct::types::{Completion, Status, event};
 use crate::wire::{Datagram, kind};
 
-/// Calls between two looks at the completion queue while nothing is expected there.
+/// Calls between two looks into the completion queue where nothing is expected nor marked.
 const SELDOM: u32 = 64;
 /// Looks at the queue between two looks for failed endpoints.
 const RARELY: u32 = 1024;
@@ -31,7 +31,7 @@ pub unsafe extern "C" fn progress(iface: *mut c_void) -> c_uint {
     let mut done = iface.poll_fifos();
     let tick = iface.ticks.get().wrapping_add(1);
     iface.ticks.set(tick);
-    if tick.is_multiple_of(SELDOM) || iface.expects_completions() {
+    if iface.cq.is_marked() || iface.expects_completions() || tick.is_multiple_of(SELDOM) {
         done += iface.poll_queue();
         if tick.is_multiple_of(RARELY) {
             iface.look_for_failures();
@@ -57,13 +57,14 @@ impl Iface {
     fn has_work(&self) -> bool {
         !self.waiting.borrow().is_empty()
             || !self.jobs.borrow().is_empty()
+            || !self.asked.borrow().is_empty()
             || !self.failed.borrow().is_empty()
             || !self.polled.borrow().is_empty()
     }
 
     /// What could not be done at once: copies, pending requests, bad news.
     fn work(&self) -> u32 {
-        let mut done = self.handle_taken() + queue::run_jobs(self);
+        let mut done = self.handle_taken() + queue::run_jobs(self) + owner::poll_answers(self);
         let waiting = self.waiting.borrow().len();
         for _ in 0..waiting {
             let Some(number) = self.waiting.borrow_mut().pop_front() else { break };

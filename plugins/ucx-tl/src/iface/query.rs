@@ -1,13 +1,15 @@
 //! What UCX asks an interface about itself: abilities, limits, addresses, who can be reached.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_char, c_int, c_void};
 
+use freeflow_core::verbs::Gid;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::Iface;
+use super::{Iface, datagrams_to};
 use crate::perf;
 use crate::uct::types::{
-    AmLimits, AtomicCaps, Bandwidth, IfaceAttr, ReachableParams, RmaLimits, Status, atomic, cap, event_cap,
+    AmLimits, AtomicCaps, Bandwidth, IfaceAttr, ReachableParams, RmaLimits, ScopedParams, Status, atomic,
+    cap, event_cap, reachable,
 };
 use crate::wire::{DeviceAddress, IfaceAddress};
 
@@ -110,34 +112,75 @@ pub unsafe fn read_address<T: FromBytes + Copy>(at: *const u8) -> Option<T> {
 }
 
 /// `iface_is_reachable`.
-pub unsafe extern "C" fn is_reachable(
-    iface: *const c_void,
-    device: *const u8,
-    _iface_addr: *const u8,
-) -> c_int {
+pub unsafe extern "C" fn is_reachable(iface: *const c_void, device: *const u8, address: *const u8) -> c_int {
     // SAFETY: an interface of ours.
     let this = unsafe { Iface::from_raw(iface) };
-    // SAFETY: a peer's device address, as device_address() wrote it.
-    let theirs: Option<DeviceAddress> = unsafe { read_address(device) };
-    c_int::from(theirs == Some(DeviceAddress::of(&this.md().context)))
+    // SAFETY: a peer's addresses, as device_address() and address() wrote them.
+    c_int::from(unsafe { way_to(this, device, address) }.is_ok())
+}
+
+/// Why there is no way to a peer.
+const NO_WAY: &str = "the FreeFlow router knows no such address in this container's tenant";
+const NOT_HERE: &str = "the peer is on another host";
+
+/// The router knows which interfaces there are; without an interface's address only this host's are certain.
+///
+/// # Safety
+/// Null, or addresses as [`device_address`] and [`address`] write them.
+unsafe fn way_to(this: &Iface, device: *const u8, address: *const u8) -> Result<(), &'static str> {
+    // SAFETY: by the caller's promise.
+    if let Some(to) = unsafe { read_address::<IfaceAddress>(address) } {
+        let way = this.ud.reaches(datagrams_to(Gid(to.gid), to.qpn));
+        return if way { Ok(()) } else { Err(NO_WAY) };
+    }
+    // SAFETY: by the caller's promise.
+    if unsafe { is_here(this, device) } { Ok(()) } else { Err(NOT_HERE) }
+}
+
+/// Has the peer the same router?
+///
+/// # Safety
+/// Null, or an address as [`device_address`] writes it.
+unsafe fn is_here(this: &Iface, device: *const u8) -> bool {
+    // SAFETY: by the caller's promise.
+    let theirs = unsafe { read_address::<DeviceAddress>(device) };
+    theirs == Some(DeviceAddress::of(&this.md().context))
 }
 
 /// `iface_is_reachable_v2` (1.15 and later), with a reason if not.
 pub unsafe extern "C" fn is_reachable_v2(iface: *const c_void, params: *const ReachableParams) -> c_int {
-    const DEVICE: u64 = 1;
-    const INFO: u64 = 1 << 2 | 1 << 3;
-    // SAFETY: UCX's structure.
-    let params = unsafe { &*params };
-    let device = if params.field_mask & DEVICE != 0 { params.device_addr } else { std::ptr::null() };
-    // SAFETY: as for is_reachable.
-    let reachable = unsafe { is_reachable(iface, device, std::ptr::null()) };
-    if reachable == 0 && params.field_mask & INFO == INFO && params.info_len > 0 {
-        let why = b"the peer belongs to another FreeFlow router";
-        let len = why.len().min(params.info_len - 1);
-        // SAFETY: UCX's buffer of info_len bytes.
-        unsafe { params.info.cast::<u8>().copy_from_nonoverlapping(why.as_ptr(), len) };
-        // SAFETY: as above.
-        unsafe { params.info.wrapping_add(len).write(0) };
+    // SAFETY: an interface of ours.
+    let this = unsafe { Iface::from_raw(iface) };
+    // SAFETY: UCX's structure, of which only the fields in the mask count.
+    let said = unsafe { &*params };
+    let has = |field: u64| said.field_mask & field == field;
+    let given = |field, address| if has(field) { address } else { std::ptr::null() };
+    let device = given(reachable::DEVICE_ADDR, said.device_addr);
+    let address = given(reachable::IFACE_ADDR, said.iface_addr);
+    // SAFETY: releases that set the bit have the field.
+    let near =
+        has(reachable::SCOPE) && unsafe { (*params.cast::<ScopedParams>()).scope } == reachable::SCOPE_DEVICE;
+    // SAFETY: an address that the peer packed, or null.
+    let elsewhere = near && !unsafe { is_here(this, device) };
+    // SAFETY: addresses that the peer packed, or null.
+    let way = if elsewhere { Err(NOT_HERE) } else { unsafe { way_to(this, device, address) } };
+    if let Err(why) = way
+        && has(reachable::INFO)
+    {
+        // SAFETY: UCX's buffer of that length.
+        unsafe { say(why, said.info, said.info_len) };
     }
-    reachable
+    c_int::from(way.is_ok())
+}
+
+/// A C string, as far as it fits.
+///
+/// # Safety
+/// `to` has `room` bytes.
+unsafe fn say(why: &str, to: *mut c_char, room: usize) {
+    let Some(len) = room.checked_sub(1).map(|most| why.len().min(most)) else { return };
+    // SAFETY: by the caller's promise.
+    unsafe { to.cast::<u8>().copy_from_nonoverlapping(why.as_ptr(), len) };
+    // SAFETY: as above.
+    unsafe { to.wrapping_add(len).write(0) };
 }

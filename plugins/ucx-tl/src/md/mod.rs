@@ -1,6 +1,7 @@
 //! The memory domain: one open device and one protection domain, in which UCX registers, allocates and packs keys.
 
 mod cache;
+mod unmaps;
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +16,7 @@ use crate::uct::abi::MdOp;
 use crate::uct::symbols::{Level, Ucx};
 use crate::uct::types::{Completion, MemDeregParams, MemRegParams, Status, dereg, md_flag, mem_flag};
 use cache::Cache;
+use unmaps::Unmaps;
 
 /// `UCS_BIT(UCS_MEMORY_TYPE_HOST)`.
 const HOST: u64 = 1;
@@ -87,7 +89,8 @@ pub unsafe extern "C" fn open(
             return Status::NO_DEVICE;
         }
     };
-    let opened = Box::new(Md { ops: ops(ucx), component, ucx, context, pd, cache: Mutex::default() });
+    let cache = Mutex::new(Cache::new(Unmaps::watch(ucx)));
+    let opened = Box::new(Md { ops: ops(ucx), component, ucx, context, pd, cache });
     // SAFETY: UCX's place for the result.
     unsafe { md.write(Box::into_raw(opened).cast()) };
     Status::OK
@@ -200,11 +203,9 @@ unsafe extern "C" fn mem_reg_v2(
     unsafe { mem_reg_with(md, addr as u64, len as u64, flags, memh) }
 }
 
-unsafe extern "C" fn mem_dereg(md: *mut c_void, params: *const MemDeregParams) -> Status {
+unsafe extern "C" fn mem_dereg(_md: *mut c_void, params: *const MemDeregParams) -> Status {
     // SAFETY: UCX's structure, of which only the fields in the mask count.
     let params = unsafe { &*params };
-    // SAFETY: a domain of ours.
-    let md = unsafe { Md::from_raw(md) };
     if params.field_mask & dereg::FIELD_MEMH == 0 || params.memh.is_null() {
         return Status::INVALID_PARAM;
     }
@@ -217,13 +218,8 @@ unsafe extern "C" fn mem_dereg(md: *mut c_void, params: *const MemDeregParams) -
     }
     // SAFETY: a handle of ours, given back once.
     let memory = unsafe { Box::from_raw(params.memh.cast::<Memory>()) };
-    let own = memory.own;
-    let mr = memory.mr.into_inner().unwrap_or_else(PoisonError::into_inner);
-    if !own {
-        md.cache.lock().unwrap_or_else(PoisonError::into_inner).put(mr);
-    } else {
-        drop(mr); // the key is dead when this returns, and no copy is under way
-    }
+    // One of its own: the key is dead when this returns, and no copy is under way. Another may be in the cache.
+    drop(memory);
     if invalidate {
         // SAFETY: UCX's completion, counting this.
         unsafe { Completion::done(comp, Status::OK) };

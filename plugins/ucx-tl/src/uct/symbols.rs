@@ -7,7 +7,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::Path;
 
 use super::abi::{Abi, MARKS, NEWER, Version};
-use super::types::{BaseIface, IfaceAttr, Status};
+use super::types::{BaseIface, IfaceAttr, Status, UnmapEvent};
 
 /// A library that is loaded already.
 #[derive(Debug, Clone, Copy)]
@@ -125,6 +125,8 @@ type EpInit = unsafe extern "C" fn(
     count: *mut c_int,
     iface: *mut BaseIface,
 ) -> Status;
+/// What is called when memory is unmapped.
+type UnmapHook = unsafe extern "C" fn(kind: c_int, event: *const UnmapEvent, arg: *mut c_void);
 type LogDispatch = unsafe extern "C" fn(
     file: *const c_char,
     line: c_uint,
@@ -177,6 +179,8 @@ functions! {
     ) -> Status,
     ucs_class_call_cleanup_chain: unsafe extern "C" fn(class: *mut c_void, object: *mut c_void, limit: c_int),
     ucs_log_dispatch: LogDispatch,
+    ucm_set_event_handler: unsafe extern "C" fn(events: c_int, priority: c_int, hook: UnmapHook, arg: *mut c_void) -> Status,
+    ucm_unset_event_handler: unsafe extern "C" fn(events: c_int, hook: UnmapHook, arg: *mut c_void),
 }
 
 /// One UCX in this process.

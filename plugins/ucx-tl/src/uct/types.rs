@@ -126,6 +126,13 @@ pub struct BaseIface {
 
 const _: () = assert!(size_of::<BaseIface>() == 1280 && std::mem::offset_of!(BaseIface, am) == 424);
 
+/// `ucm_event_t` of memory that is about to be unmapped.
+#[repr(C)]
+pub struct UnmapEvent {
+    pub address: u64,
+    pub size: u64,
+}
+
 /// `uct_completion_t`.
 #[repr(C)]
 pub struct Completion {
@@ -231,7 +238,7 @@ pub struct IfaceParams {
 pub const OPEN_MODE_FIELD: u64 = 1 << 1;
 pub const OPEN_MODE_DEVICE: u64 = 1;
 
-/// `uct_iface_is_reachable_params_t`, its first fields.
+/// `uct_iface_is_reachable_params_t`. Only the fields in the mask are there.
 #[repr(C)]
 pub struct ReachableParams {
     pub field_mask: u64,
@@ -239,6 +246,23 @@ pub struct ReachableParams {
     pub iface_addr: *const u8,
     pub info: *mut c_char,
     pub info_len: usize,
+}
+
+/// The same of 1.16 and later.
+#[repr(C)]
+pub struct ScopedParams {
+    pub known: ReachableParams,
+    pub scope: c_uint,
+}
+
+/// `UCT_IFACE_IS_REACHABLE_FIELD_*`.
+pub mod reachable {
+    pub const DEVICE_ADDR: u64 = 1;
+    pub const IFACE_ADDR: u64 = 1 << 1;
+    pub const INFO: u64 = 1 << 2 | 1 << 3;
+    pub const SCOPE: u64 = 1 << 4;
+    /// `UCT_IFACE_REACHABILITY_SCOPE_DEVICE`: is it on this host?
+    pub const SCOPE_DEVICE: std::ffi::c_uint = 0;
 }
 
 /// `uct_md_mem_reg_params_t`, its first fields (UCX 1.14 and later).
