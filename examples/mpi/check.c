@@ -97,9 +97,42 @@ static void one_sided(long *scratch)
     MPI_Win_free(&window);
 }
 
+/* Counters in rank 0's memory of any kind, counted up by all, in each of the ways there are. */
+static void counters(long *memory, const char *what)
+{
+    long one = 1, old, sum;
+    int small = 1, before;
+    MPI_Win window;
+
+    memset(memory, 0, 3 * sizeof(long));
+    MPI_Win_create(memory, 3 * sizeof(long), 1, MPI_INFO_NULL, MPI_COMM_WORLD, &window);
+    MPI_Win_lock_all(0, window);
+    for (int i = 0; i < 100; i++) {
+        MPI_Fetch_and_op(&one, &old, MPI_LONG, 0, 0, MPI_SUM, window);
+        MPI_Fetch_and_op(&small, &before, MPI_INT, 0, sizeof(long), MPI_SUM, window);
+        MPI_Win_flush(0, window);
+        for (long seen = 0;; seen = old) {
+            sum = seen + 1;
+            MPI_Compare_and_swap(&sum, &seen, &old, MPI_LONG, 0, 2 * sizeof(long), window);
+            MPI_Win_flush(0, window);
+            if (old == seen)
+                break;
+        }
+    }
+    MPI_Win_unlock_all(window);
+    MPI_Barrier(MPI_COMM_WORLD);
+    if (rank == 0) {
+        expect(memory[0] == 100L * ranks, what, sizeof(long));
+        expect(*(int *)&memory[1] == 100 * ranks, what, sizeof(int));
+        expect(memory[2] == 100L * ranks, what, sizeof(long));
+    }
+    MPI_Win_free(&window);
+}
+
 int main(int argc, char **argv)
 {
-    long *in, *out;
+    static long fixed[3];
+    long local[3], *in, *out;
 
     MPI_Init(&argc, &argv);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
@@ -110,6 +143,9 @@ int main(int argc, char **argv)
         raise(SIGKILL); /* for trying what becomes of the others */
     collectives(in, out);
     one_sided(in);
+    counters(in, "counter on the heap");
+    counters(fixed, "static counter");
+    counters(local, "counter on the stack");
     free(in), free(out);
     MPI_Finalize();
     if (rank == 0)

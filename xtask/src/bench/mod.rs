@@ -63,8 +63,12 @@ fn ucx(options: &Options) -> Result<ExitCode> {
     let tree = dist::build()?;
     let stage = side::Stage::new(&tree, probes::build()?)?;
     let only = options.only.as_deref().unwrap_or("");
-    let results = rounds::run(&stage, ucx::groups(), only, options.rounds);
-    stage.end().and(report::write("ucx", &results?))
+    let mut results = rounds::run(&stage, ucx::groups(), only, options.rounds)?;
+    stage.end()?;
+    if ucx::BETWEEN_HOSTS.contains(only) {
+        results.extend(hosts::measure(&tree, &ucx::between_hosts(), ucx::hosts_bars(), options.rounds)?);
+    }
+    report::write("ucx", &results)
 }
 
 fn host(options: &Options) -> Result<ExitCode> {

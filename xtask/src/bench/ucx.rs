@@ -1,7 +1,8 @@
-//! What `bench ucx` measures: our transport beside UCX's own of one host, and MPI over it.
+//! What `bench ucx` measures: our transport beside UCX's own of one host, MPI over it, and between two hosts beside UCX's TCP.
 
 use super::cases::{Bar, Bound, Figure, Group};
 use super::figures::Lookup;
+use super::hosts::{Measure, Over, ucx_average, ucx_typical};
 use super::side::{How, MpiSide, OUR_TLS, Read};
 
 const KIB: u64 = 1 << 10;
@@ -126,6 +127,68 @@ fn collective(case: &'static str) -> Group {
     Group { name: case, measures, bars }
 }
 
+const TCP: &str = "ucx tcp";
+/// What the cases between two hosts are called by.
+pub const BETWEEN_HOSTS: &str = "between hosts";
+const LAT: &str = "between hosts: tag_lat";
+const BW: &str = "between hosts: tag_bw";
+
+/// Beside UCX's own TCP over the same wire.
+pub fn between_hosts() -> Vec<Measure> {
+    const SERVER: &str = "env UCX_TLS=self,ff ucx_perftest -f";
+    const TCP_SERVER: &str = "env UCX_TLS=self,tcp ucx_perftest -f";
+    let latency = |side| Figure { case: LAT, side, size: 8, metric: "latency", unit: "us" };
+    let bandwidth = |side| Figure { case: BW, side, size: MIB, metric: "bandwidth", unit: "GB/s" };
+    let measure = |figure, over, server, client, parse| Measure { figure, over, server, client, parse };
+    vec![
+        measure(
+            latency(OURS),
+            Over::Plain,
+            SERVER,
+            "env UCX_TLS=self,ff ucx_perftest -f -t tag_lat -s 8 -n 20000",
+            ucx_typical,
+        ),
+        measure(
+            latency(TCP),
+            Over::Kernel,
+            TCP_SERVER,
+            "env UCX_TLS=self,tcp ucx_perftest -f -t tag_lat -s 8 -n 20000",
+            ucx_typical,
+        ),
+        measure(
+            bandwidth(OURS),
+            Over::Plain,
+            SERVER,
+            "env UCX_TLS=self,ff ucx_perftest -f -t tag_bw -s 1048576 -n 1000",
+            ucx_average,
+        ),
+        measure(
+            bandwidth(TCP),
+            Over::Kernel,
+            TCP_SERVER,
+            "env UCX_TLS=self,tcp ucx_perftest -f -t tag_bw -s 1048576 -n 1000",
+            ucx_average,
+        ),
+    ]
+}
+
+pub fn hosts_bars() -> Vec<Bar> {
+    vec![
+        Bar {
+            case: LAT,
+            what: "between hosts: tag_lat / UCX tcp's",
+            bound: Bound::AtMost(1.5),
+            ratio: |f| Some(f.get(LAT, OURS, 8)? / f.get(LAT, TCP, 8)?),
+        },
+        Bar {
+            case: BW,
+            what: "between hosts: tag_bw 1 MiB / UCX tcp's",
+            bound: Bound::AtLeast(1.0),
+            ratio: |f| Some(f.get(BW, OURS, MIB)? / f.get(BW, TCP, MIB)?),
+        },
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,9 +196,12 @@ mod tests {
 
     #[test]
     fn every_bar_finds_its_figures() {
-        for group in groups() {
-            let round: Round = group.measures.iter().map(|(figure, _)| (*figure, 2.0)).collect();
-            for bar in &group.bars {
+        let figures = between_hosts().iter().map(|measure| measure.figure).collect();
+        let here = groups().into_iter().map(|g| (g.measures.iter().map(|(f, _)| *f).collect(), g.bars));
+        let all: Vec<(Vec<Figure>, Vec<Bar>)> = here.chain([(figures, hosts_bars())]).collect();
+        for (figures, bars) in all {
+            let round: Round = figures.into_iter().map(|figure| (figure, 2.0)).collect();
+            for bar in &bars {
                 assert_eq!((bar.ratio)(&Lookup(&round)), Some(1.0), "{}", bar.what);
             }
         }

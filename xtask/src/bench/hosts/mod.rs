@@ -72,8 +72,17 @@ fn connections(text: &str, count: u64) -> Option<f64> {
     (steps.len() >= 8).then(|| count as f64 * 1e3 / steps.iter().sum::<f64>())
 }
 
-fn ucx_typical(text: &str, _: u64) -> Option<f64> {
-    perftest::rows(text).last().filter(|row| row.len() == 8).map(|row| row[1])
+/// ucx_perftest's row: iterations; median, mean and overall time; mean and overall MB/s; mean and overall rate.
+fn ucx_column(text: &str, index: usize) -> Option<f64> {
+    perftest::rows(text).last().filter(|row| row.len() == 8).map(|row| row[index])
+}
+
+pub fn ucx_typical(text: &str, _: u64) -> Option<f64> {
+    ucx_column(text, 1)
+}
+
+pub fn ucx_average(text: &str, _: u64) -> Option<f64> {
+    ucx_column(text, 5).map(|rate| rate * f64::from(1 << 20) / 1e9)
 }
 
 fn qperf(text: &str, _: u64) -> Option<f64> {

