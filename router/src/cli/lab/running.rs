@@ -26,7 +26,7 @@ fn running() -> Result<Vec<(PathBuf, State)>> {
 pub fn running_routers() -> Result<Vec<PathBuf>> {
     match running()?.as_slice() {
         [] => Err(no_lab()),
-        [(_, state)] => Ok(state.routers.iter().map(|path| state.from_outside(path)).collect()),
+        [(_, state)] => Ok(state.routers.iter().map(|path| state.seen_from_outside(path)).collect()),
         several => Err(Failure::new(format!("{} labs are running: give --router", several.len()))),
     }
 }

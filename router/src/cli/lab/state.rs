@@ -27,7 +27,7 @@ pub struct State {
 
 impl State {
     /// A path of the lab's own processes, for others.
-    pub fn from_outside(&self, path: &Path) -> PathBuf {
+    pub fn seen_from_outside(&self, path: &Path) -> PathBuf {
         let root = Path::new("/proc").join(self.inner.to_string()).join("root");
         root.join(path.strip_prefix("/").unwrap_or(path))
     }
@@ -36,7 +36,7 @@ impl State {
     pub fn router_of(&self, container: &str) -> Option<PathBuf> {
         let number = self.containers.iter().position(|name| name == container)?;
         let router = self.routers.get(number * self.routers.len() / self.containers.len())?;
-        Some(self.from_outside(router))
+        Some(self.seen_from_outside(router))
     }
 }
 
