@@ -116,6 +116,7 @@ impl SendLane {
     }
 
     /// Executor: request `done` (the next one) ended. `wanted`: it gets a completion.
+    #[inline]
     pub fn finish(&self, wr_id: u64, op: SendOp, status: WcStatus, byte_len: u32, wanted: bool) {
         let seq = self.done.load(Ordering::Relaxed);
         let slot = self.slot(seq);

@@ -76,7 +76,7 @@ impl<'a> Peer<'a> {
     /// The same of a memory window's key. `retired`: those that are over for this end.
     #[cold]
     pub fn check_window(
-        &self,
+        self,
         retired: &Retired,
         key: u32,
         need: Access,
@@ -89,7 +89,8 @@ impl<'a> Peer<'a> {
     }
 
     /// Which binding a SEND with invalidate ends: of a window that is this QP's alone.
-    pub fn binding(&self, retired: &Retired, key: u32) -> Option<u32> {
+    #[cold]
+    pub fn binding(self, retired: &Retired, key: u32) -> Option<u32> {
         let view = self.mrs.get(slot_of(key))?.read(key)?;
         let ours = view.pd == domain::window_of_qp(self.qpn) && !retired.has(key, view.epoch);
         ours.then_some(view.epoch)

@@ -209,9 +209,13 @@ fn target<'a, M: PeerMemory>(
     if !served.contains(need) {
         return Err(WcStatus::RemInvReqErr);
     }
-    let found = peer.check(rkey, need, iova, len);
-    let found = found.or_else(|| peer.check_window(memory.retired(), rkey, need, iova, len));
-    let (entry, va) = found.ok_or(WcStatus::RemAccessErr)?;
+    let (entry, va) = match peer.check(rkey, need, iova, len) {
+        Some(found) => found,
+        None => {
+            let window = peer.check_window(memory.retired(), rkey, need, iova, len);
+            window.ok_or(WcStatus::RemAccessErr)?
+        }
+    };
     Ok(Some(Remote { entry, key: rkey, iova, va, len }))
 }
 

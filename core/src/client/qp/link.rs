@@ -71,8 +71,11 @@ impl Qp {
                 break;
             }
             // Behind others it takes its place among them: it ends when its turn comes.
-            let imm = own.map_or(request.imm, |status| status as u32);
-            link.write(&table, &Request { imm, ..request }, patience, quiet);
+            let request = match own {
+                Some(status) => Request { imm: status as u32, sges: &[], ..request },
+                None => request,
+            };
+            link.write(&table, &request, patience, quiet);
             any = true;
         }
         if let (true, Some(link)) = (any, &side.link) {

@@ -189,7 +189,6 @@ impl Qp {
             QpType::XrcRecv => false, // a target sends nothing
             _ => !datagram,
         };
-        let op_fits = op_fits && (!wr.target.is_own() || wr.sges.is_empty());
         let list_fits = wr.sges.len() <= self.caps.max_send_sge as usize;
         let mut inline_fits = true;
         if wr.flags.contains(SendFlags::INLINE) {
@@ -242,9 +241,13 @@ impl Qp {
         }
     }
 
-    /// What the sender is told. Of an unreliable connection: whatever befell the message on its way, it was sent.
+    /// What the sender is told. Of an unreliable connection: whatever befell the message on its way, it was sent. A request
+    /// about our own keys is none of the executor's, and is carried out here.
     #[cold]
     fn told(&self, outcome: Outcome, request: &Request<'_>) -> Outcome {
+        if let Some(status) = self.run_own(request) {
+            return Outcome::Done { status, byte_len: 0 };
+        }
         use WcStatus::{LocLenErr, LocProtErr, LocQpOpErr};
         match outcome {
             Outcome::Again | Outcome::Done { status: LocProtErr | LocLenErr | LocQpOpErr, .. } => outcome,
@@ -272,12 +275,9 @@ impl Qp {
         own.then(|| self.context().windows.run(self, &request.target, access))
     }
 
-    /// The same while the peer is not there, for a datagram to another host, or where no peer is concerned.
+    /// The same while the peer is not there, or for a datagram to another host or a group.
     #[cold]
     fn run_elsewhere(&self, route: &mut Route, request: &Request<'_>, progress: &mut Progress) -> Outcome {
-        if let Some(status) = self.run_own(request) {
-            return Outcome::Done { status, byte_len: 0 };
-        }
         let context = self.context();
         if let Target::Datagram(dest) = &request.target
             && route.is_far(dest)
@@ -491,14 +491,19 @@ impl Qp {
     }
 
     /// Releases the lock, then puts a queue that has come to wait on the list.
-    #[inline]
+    #[inline(always)]
     fn unlock_and_list(self: &Arc<Self>, mut side: Guard<'_, SendSide>) {
         let list = side.stall != Stall::None && !std::mem::replace(&mut side.listed, true);
         drop(side);
         if list {
-            self.context().stalled.add(self);
-            self.context().helper.watch();
+            self.list();
         }
+    }
+
+    #[cold]
+    fn list(self: &Arc<Self>) {
+        self.context().stalled.add(self);
+        self.context().helper.watch();
     }
 
     /// The list's question: may the queue be taken off?
