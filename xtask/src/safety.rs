@@ -81,13 +81,12 @@ pub struct Revoke {
 /// The longest soak, with room for a busy machine.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 /// What `cargo xtask test` runs.
-const SHORT: [(&str, &[&str]); 7] = [
+const SHORT: [(&str, &[&str]); 6] = [
     ("soak kill", &["kill", "--rounds", "50", "--lenient"]),
     ("soak hostile", &["hostile", "--seconds", "60"]),
     ("soak cluster", &["cluster", "--lenient"]),
     ("soak restart", &["restart", "--rounds", "12", "--lenient"]),
     ("soak wire", &["wire", "--rounds", "20", "--lenient"]),
-    ("soak nccl", &["nccl", "--operations", "40000"]),
     ("soak revoke", &["revoke", "--samples", "10"]),
 ];
 

@@ -47,7 +47,7 @@ struct Args {
     #[arg(long)]
     pin: bool,
     /// What a failing run printed
-    #[arg(long)]
+    #[arg(long, overrides_with = "seed")]
     seed: Option<u64>,
     /// The plugin's log must have a line with each of these (may be given several times)
     #[arg(long)]

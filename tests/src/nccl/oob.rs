@@ -58,8 +58,19 @@ fn serve(address: &str, ranks: usize) -> io::Result<Vec<TcpStream>> {
     let listener = TcpListener::bind(address)?;
     println!("# listening on {}", listener.local_addr()?.port());
     let mut lines: Vec<Option<TcpStream>> = (1..ranks).map(|_| None).collect();
+    listener.set_nonblocking(true)?;
+    let start = Instant::now();
     while lines.iter().any(Option::is_none) {
-        let (mut line, _) = listener.accept()?;
+        let mut line = match listener.accept() {
+            Ok((line, _)) => line,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && start.elapsed() < PATIENCE => {
+                // A rank that dies before it gets here is no event for a listener.
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        line.set_nonblocking(false)?;
         let mut rank = [0; 8];
         line.read_exact(&mut rank)?;
         let place = usize::try_from(u64::from_le_bytes(rank)).ok().and_then(|rank| rank.checked_sub(1));
