@@ -163,7 +163,8 @@ fn sanitized() -> Result<PathBuf> {
     cargo.args(["--package", "freeflow-nccl-net", "--package", "freeflow-tests"]);
     cargo.args(["--lib", "--bin", "nccl-replay"]);
     cargo.env("RUSTC_BOOTSTRAP", "1").env("CARGO_PROFILE_RELEASE_LTO", "off");
-    cargo.env("RUSTFLAGS", "-Zsanitizer=address -Cforce-frame-pointers=yes");
+    // -rdynamic: the plugin finds the runtime in the program that loads it.
+    cargo.env("RUSTFLAGS", "-Zsanitizer=address -Cforce-frame-pointers=yes -Clink-arg=-rdynamic");
     process::must(&mut cargo, LIMIT)?;
     Ok(target.join(TARGET).join("release"))
 }
