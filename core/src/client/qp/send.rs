@@ -459,13 +459,14 @@ impl Qp {
         side.stall = Stall::None;
         let ok = status == WcStatus::Success;
         let wanted = self.sq_sig_all || flags.contains(SendFlags::SIGNALED) || !ok;
+        // Before the completion is there: who polls it finds the queue pair in that state.
+        let failed = !ok && status != WcStatus::WrFlushErr && self.send_failed();
         self.lanes.send.finish(wr_id, op, status, byte_len, wanted);
-        let counters = &self.lanes.shared[0];
         if ok {
-            QpShared::count(&counters.tx_bytes, u64::from(byte_len));
-        } else if status != WcStatus::WrFlushErr {
-            QpShared::count(&counters.errors, 1);
-            self.send_failed(side);
+            QpShared::count(&self.lanes.shared[0].tx_bytes, u64::from(byte_len));
+        }
+        if failed {
+            self.stop_receiving(side.route.dest);
         }
         // Who sleeps was woken by the router for what it carried out.
         if wanted && !(ok && side.is_link()) {
@@ -473,21 +474,22 @@ impl Qp {
         }
     }
 
-    /// A send ended in error: a reliable QP goes to ERR, the send queue of another to SQE.
+    /// A send ends in error: a reliable QP goes to ERR, the send queue of another to SQE. True: the former, just now.
     #[cold]
-    fn send_failed(&self, side: &SendSide) {
+    fn send_failed(&self) -> bool {
+        QpShared::count(&self.lanes.shared[0].errors, 1);
         let lives = |now| !matches!(now, QpState::Err | QpState::Reset);
         if matches!(self.kind(), QpType::Ud | QpType::Uc) {
             self.lanes.change_state(QpState::Sqe, |now| now == QpState::Rts);
-            return;
+            return false;
         }
         // Set first: whoever hears of the peer's death from now on tells the program.
         self.send_failed.store(true, Ordering::Release);
-        if self.lanes.change_state(QpState::Err, lives) {
-            self.stop_receiving(side.route.dest);
-        } else {
+        let failed = self.lanes.change_state(QpState::Err, lives);
+        if !failed {
             self.send_failed.store(false, Ordering::Release); // it failed before, for a reason of its own
         }
+        failed
     }
 
     /// Releases the lock, then puts a queue that has come to wait on the list.
