@@ -1,7 +1,7 @@
 /*
  * Revocation with the copier stopped at every step.
  *
- *     revoke SAMPLES SEED          SAMPLES 0: every step
+ *     revoke SAMPLES SEED [PART PARTS]          SAMPLES 0: every step; of those, or of the samples, each PARTS-th from the PART-th on
  *
  * A child process posts a WRITE, or a SEND, to its parent's memory and is single-stepped by the parent for K instructions.
  * Then the parent deregisters the memory and registers it anew, with a new key; when the child goes on, it may not change
@@ -209,6 +209,7 @@ static long attempt(long steps, bool send, char *target, long *landed)
 int main(int argc, char **argv)
 {
 	long samples = argc > 1 ? atol(argv[1]) : 16, tried = 0, landed = 0, total = 0;
+	long part = argc > 4 ? atol(argv[3]) : 0, parts = argc > 4 ? atol(argv[4]) : 1;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	srandom(argc > 2 ? (unsigned)strtoul(argv[2], NULL, 0) : 1);
@@ -227,7 +228,7 @@ int main(int argc, char **argv)
 		/* A sample takes one step at random of each of so many stretches. */
 		long stretch = samples ? whole / samples + 1 : 1;
 
-		for (long k = 0; k < whole; k += stretch, tried++)
+		for (long k = part * stretch; k < whole; k += parts * stretch, tried++)
 			attempt(k + random() % stretch, send, target, &landed);
 		total += whole;
 	}
