@@ -53,7 +53,7 @@ static void refusals(struct pair *p)
 	CHECK(ibv_post_send(p->qp[0], wr, &bad) == EINVAL && bad == &wr[1]); /* more entries than the QP has */
 	expect(p->rcq, 7, IBV_WC_RECV);                                      /* the first was posted */
 	wr[1].num_sge = 1;
-	wr[1].opcode = IBV_WR_LOCAL_INV;
+	wr[1].opcode = IBV_WR_TSO;
 	CHECK(ibv_post_send(p->qp[0], &wr[1], &bad) != 0 && bad == &wr[1]);
 	wr[1].opcode = 99;
 	CHECK(ibv_post_send(p->qp[0], &wr[1], &bad) == EINVAL && bad == &wr[1]);
