@@ -48,6 +48,10 @@ pub struct QpInit {
     pub cookie: u64,
 }
 
+/// How often one who waits for a copy looks before it sleeps between looks, and how long it sleeps.
+const YIELDS: u32 = 1000;
+const NAP: Duration = Duration::from_micros(100);
+
 /// A queue pair.
 #[derive(Debug)]
 pub struct Qp {
@@ -353,7 +357,7 @@ impl Qp {
     /// Waits until no peer is copying under a key that was valid before the call. False: it did not end in time.
     pub(super) fn quiesce(&self, deadline: Instant) -> bool {
         let shared = &self.lanes.shared[0];
-        let mut since = None;
+        let (mut since, mut yields) = (None, 0);
         loop {
             let quiet = match self.kind() {
                 QpType::Ud => !self.lanes.recv.ring().any_claimed(),
@@ -371,8 +375,14 @@ impl Qp {
             if Instant::now() >= deadline {
                 return false;
             }
-            // The copier is in the middle of a bounded memcpy and will not tell: there is no event to wait for.
-            std::thread::yield_now();
+            // The copier is in the middle of a bounded memcpy and will not tell: there is no event to wait for. One that
+            // is not through with it after so many looks does not run, and others need this processor.
+            if yields < YIELDS {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(NAP);
+            }
+            yields += 1;
         }
     }
 }
