@@ -49,6 +49,7 @@ pub const BENCH: &[Package] = &[
     ("libfabric-bin", "fi_pingpong, which the link is compared with"),
     ("iproute2", "ip, which makes the two hosts"),
     ("gcc", "compiles the probes, and is the busy third program"),
+    ("valgrind", "callgrind, which counts instructions"),
     ("libc6-dev", "headers for them"),
     ("libibverbs-dev", "verbs headers, for the probes that use the device"),
 ];

@@ -8,6 +8,7 @@ mod cases;
 mod figures;
 mod hosts;
 mod idle;
+mod instructions;
 mod nccl;
 mod probes;
 mod report;
@@ -78,6 +79,7 @@ fn host(options: &Options) -> Result<ExitCode> {
     let only = options.only.as_deref().unwrap_or("");
     let mut results = rounds::run(&stage, cases::groups(), only, options.rounds)?;
     let rest = idle::run(&stage, only, &mut results)
+        .and_then(|()| instructions::run(&stage, only, &mut results))
         .and_then(|()| busy::run(&stage, only, options.rounds, &mut results))
         .and_then(|()| stage.end());
     // What was measured is kept, whatever happened to the rest.
