@@ -61,7 +61,6 @@ static void open_device(void)
 
 	ctx = MADE(ibv_open_device(list[0]));
 	OK(ibv_query_gid(ctx, 1, 0, &gid));
-	pd = MADE(ibv_alloc_pd(ctx));
 	cq = MADE(ibv_create_cq(ctx, 8, NULL, NULL, 0));
 }
 
@@ -121,6 +120,7 @@ _Noreturn static void copier(void)
 {
 	ptrace(PTRACE_TRACEME, 0, NULL, NULL);
 	open_device();
+	pd = MADE(ibv_alloc_pd(ctx));
 	struct ibv_mr *mr = MADE(ibv_reg_mr(pd, pages(PAGE, 'B'), PAGE, 0));
 
 	for (;;) {
@@ -169,13 +169,15 @@ static void to_next_stop(void)
 		;
 }
 
-/* One attempt; returns how many steps were made. */
+/* One attempt; returns how many steps were made.  With a PD of its own: memory that a late copy may still come to is not used
+ * again, and a PD with more and more of it would make the same step another one each time. */
 static long attempt(long steps, bool send, char *target, long *landed)
 {
 	char seen[PAGE];
 	long done = 0;
 
 	memset(target, 'A', PAGE);
+	pd = MADE(ibv_alloc_pd(ctx));
 	board->send = send;
 	board->qpn[1] = make_qp();
 	connect_to(board->qpn[0]);
@@ -202,13 +204,14 @@ static long attempt(long steps, bool send, char *target, long *landed)
 		WRONG("step %ld of a %s: bytes landed after ibv_dereg_mr", done, send ? "SEND" : "WRITE");
 	OK(ibv_destroy_qp(qp));
 	OK(ibv_dereg_mr(fresh));
+	OK(ibv_dealloc_pd(pd));
 	to_next_stop(); /* it has its next QP */
 	return done;
 }
 
 int main(int argc, char **argv)
 {
-	long samples = argc > 1 ? atol(argv[1]) : 16, tried = 0, landed = 0, total = 0;
+	long samples = argc > 1 ? atol(argv[1]) : 16, tried = 0, landed = 0, ends = 0, total = 0;
 	long part = argc > 4 ? atol(argv[3]) : 0, parts = argc > 4 ? atol(argv[4]) : 1;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
@@ -224,14 +227,22 @@ int main(int argc, char **argv)
 	char *target = pages(PAGE, 'A');
 
 	for (int send = 0; send < 2; send++) {
-		long whole = attempt(1l << 40, send, target, &landed);
+		long whole = attempt(1l << 40, send, target, &ends);
 		/* A sample takes one step at random of each of so many stretches. */
 		long stretch = samples ? whole / samples + 1 : 1;
 
 		for (long k = part * stretch; k < whole; k += parts * stretch, tried++)
 			attempt(k + random() % stretch, send, target, &landed);
+		/* Or its steps would not have been those that were stopped at. */
+		long again = 0;
+		for (int i = 0; i < 5 && again != whole; i++) /* another thread of the copier's may be in the way once */
+			again = attempt(1l << 40, send, target, &ends);
+		if (again != whole)
+			WRONG("a %s took %ld steps at first, and %ld in the end", send ? "SEND" : "WRITE", whole, again);
 		total += whole;
 	}
+	if (!samples && landed == 0)
+		WRONG("no step after the copy was reached");
 	printf("revoked %ld steps of %ld, %ld landed before\n", tried, total, landed);
 	kill(child, SIGKILL);
 	waitpid(child, NULL, 0);
