@@ -19,6 +19,7 @@ mod router;
 mod run;
 mod stop;
 mod sys;
+mod userns;
 mod vars;
 
 use std::process::ExitCode;

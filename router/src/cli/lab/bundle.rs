@@ -11,12 +11,12 @@ use rustix::mount::{mount_bind, mount_bind_recursive};
 use serde_json::{Value, json};
 
 use super::spec::{ContainerSpec, Spec};
-use super::userns::ContainerIds;
 use super::{cgroups, network};
 use crate::cli::container::{self, INSIDE};
 use crate::cli::failure::{Context as _, Result};
 use crate::cli::nic;
 use crate::cli::paths::{self, Dist};
+use crate::cli::userns::ContainerIds;
 use crate::cli::vars;
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

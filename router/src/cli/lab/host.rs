@@ -18,11 +18,11 @@ use super::events::{Event, Watched, watch};
 use super::network::{self, Namespace};
 use super::output::{Output, Stream};
 use super::spec::{ContainerSpec, HostSpec, Spec};
-use super::userns::ContainerIds;
 use super::{cluster, runc, state};
 use crate::cli::daemonise::{self, Start};
 use crate::cli::failure::{Context as _, Failure, Result};
 use crate::cli::sys::ChildSetup;
+use crate::cli::userns::ContainerIds;
 
 pub struct Host {
     pub containers: Vec<Container>,

@@ -21,7 +21,6 @@ mod running;
 mod sequence;
 mod spec;
 mod state;
-mod userns;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,7 +31,6 @@ use super::failure::{OWN_FAILURE, Result};
 
 pub use outer::INNER_COMMAND;
 pub use running::{find as find_container, running_routers};
-pub use userns::map_self;
 
 /// Start a throw-away cluster of unprivileged containers and run programs in it.
 #[derive(Debug, Parser)]

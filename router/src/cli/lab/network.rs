@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::process::{Command, Stdio};
 
@@ -69,11 +69,6 @@ impl Namespace {
     fn ip(&self, commands: &str) -> Result<()> {
         ip(self.setup(), None, commands)
     }
-}
-
-/// A host's address on the wire between hosts.
-pub fn wire_address(number: u8) -> IpAddr {
-    Ipv4Addr::new(192, 168, 77, number).into()
 }
 
 /// Joins the namespaces of several hosts, each with routes to the containers of all others.

@@ -11,10 +11,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::UnshareFlags;
 
 use super::spec::{self, Spec};
-use super::{Args, cgroups, state, userns};
+use super::{Args, cgroups, state};
 use crate::cli::failure::{Context as _, Failure, Result};
 use crate::cli::paths::{self, Dist, find_program};
 use crate::cli::sys::{self, ChildSetup, ENDING, SignalSet};
+use crate::cli::userns;
 use crate::cli::vars;
 
 /// Name of the hidden subcommand that the inner process is.

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::network;
 use crate::cli::failure::{Failure, Result};
 
 /// Most containers per host: their addresses share one /24.
@@ -72,7 +71,7 @@ pub fn hosts(hosts: u8, containers: u8) -> Vec<HostSpec> {
         containers: (1..=containers).map(|c| container(h, c)).collect(),
         network: address(h, 0),
         gateway: address(h, 254),
-        wire: network::wire_address(h),
+        wire: Ipv4Addr::new(192, 168, 77, h).into(),
     };
     (1..=hosts).map(host).collect()
 }

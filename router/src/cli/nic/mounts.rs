@@ -16,8 +16,7 @@ use rustix::thread::UnshareFlags;
 use super::files::{self, Entry};
 use super::{NODE_SOURCE, Nic};
 use crate::cli::failure::{Context as _, Result};
-use crate::cli::lab;
-use crate::cli::sys;
+use crate::cli::{sys, userns};
 
 /// Hidden for as long as it takes to make a directory anew; every /sys has it.
 const ASIDE: &str = "sys/kernel";
@@ -37,7 +36,7 @@ pub fn own_namespace() -> Result<()> {
     if sys::unshare(UnshareFlags::NEWNS).is_err() {
         let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
         sys::unshare(UnshareFlags::NEWNS | UnshareFlags::NEWUSER).context("cannot make a mount namespace")?;
-        lab::map_self(uid, gid, uid, gid)?;
+        userns::map_self(uid, gid, uid, gid)?;
     }
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .context("cannot keep mounts apart from the system's")

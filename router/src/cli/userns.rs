@@ -1,4 +1,5 @@
-//! A lab without root: a user namespace in which this user is root, with the user's subordinate ids if there are any.
+//! User namespaces: a lab without root lives in one in which this user is root, with the user's subordinate ids if there are
+//! any; a program that is shown the device's files may need one, too.
 
 use std::fs;
 use std::io::Write as _;
