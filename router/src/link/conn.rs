@@ -7,7 +7,6 @@ use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use rustix::io::Errno;
 use rustix::net::SendFlags;
@@ -65,7 +64,6 @@ pub struct Conn {
     pub channel: Option<usize>,
     /// This side began it.
     pub dialed: bool,
-    pub heard: Instant,
     pub readable: bool,
     pub writable: bool,
     input: Vec<u8>,
@@ -80,13 +78,12 @@ pub struct Conn {
 }
 
 impl Conn {
-    pub fn new(stream: Stream, host: Arc<str>, dialed: bool, channel: Option<usize>, now: Instant) -> Self {
+    pub fn new(stream: Stream, host: Arc<str>, dialed: bool, channel: Option<usize>) -> Self {
         Conn {
             stream,
             host,
             channel,
             dialed,
-            heard: now,
             readable: true,
             writable: true,
             input: vec![0; CHUNK],

@@ -15,6 +15,7 @@ use freeflow_core::shm::{View, hush};
 use freeflow_core::verbs::Gid;
 use rustix::event::epoll;
 
+use super::clock::Clock;
 use super::conn::{Conn, End};
 use super::endpoint::Endpoint;
 use super::remote::{PROMPT, Remote};
@@ -174,6 +175,7 @@ pub struct Engine {
     pub busy: HashSet<u32>,
     timers: BinaryHeap<Reverse<(Instant, u32)>>,
     next_tick: Instant,
+    clock: Clock,
     seed: u64,
     /// Hosts to dial.
     pub to_dial: Vec<Arc<str>>,
@@ -186,6 +188,7 @@ impl Engine {
     pub fn new(shared: Weak<Shared>, epoll: Arc<OwnedFd>, seed: u64) -> Self {
         Engine {
             shared,
+        let now = Instant::now();
             epoll,
             slots: BTreeMap::new(),
             targets: HashMap::new(),
@@ -198,7 +201,8 @@ impl Engine {
             lines: Vec::new(),
             busy: HashSet::new(),
             timers: BinaryHeap::new(),
-            next_tick: Instant::now(),
+            next_tick: now,
+            clock: Clock::new(now),
             seed,
             to_dial: Vec::new(),
             cm_inbox: Vec::new(),
@@ -209,6 +213,11 @@ impl Engine {
     /// A number nobody else has: splitmix64 of the router's random start.
     pub fn number(&mut self) -> u64 {
         self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    /// By the clock that all deadlines are measured with.
+    pub fn now(&self) -> Instant {
+        self.clock.now(Instant::now())
+    }
+
         let mut z = self.seed;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -224,7 +233,7 @@ impl Engine {
     // ---- queue pairs and processes come and go
 
     pub fn connect(&mut self, qp: FarQp, host: Arc<str>) {
-        let (qpn, now) = (qp.qpn, Instant::now());
+        let (qpn, now) = (qp.qpn, self.now());
         let incarnation = self.number();
         let endpoint = Endpoint::new(qp, incarnation);
         let slot = Slot {
@@ -333,7 +342,7 @@ impl Engine {
 
     /// Does what there is to do. True: there may be more.
     pub fn turn(&mut self) -> bool {
-        let now = Instant::now();
+        let now = self.clock.turn(Instant::now());
         let mut more = self.submissions(now);
         for index in 0..self.conns.len() {
             more |= self.pull(index, now);
@@ -347,6 +356,7 @@ impl Engine {
             more |= self.push(index, now);
         }
         self.retry_datagrams(now);
+        // Behind what came, which may be what somebody waits for; before what goes out, which may be due now.
         self.fire(now);
         more || (!self.held_up.is_empty() && self.has_room())
     }
@@ -440,7 +450,7 @@ impl Engine {
 
     /// Before sleeping: whoever submits from now on rings. False: something came meanwhile.
     pub fn arm(&mut self) -> bool {
-        let now = Instant::now();
+        let now = self.now();
         for client in &self.awake {
             self.processes.get(client).into_iter().for_each(|process| process.doorbell[0].arm_for_others());
         }
@@ -451,8 +461,14 @@ impl Engine {
         true
     }
 
-    /// How long nothing needs to be done.
-    pub fn patience(&self, now: Instant) -> Duration {
+    /// How long nothing needs to be done; the thread sleeps so long at most.
+    pub fn patience(&mut self) -> Duration {
+        let patience = self.time_left(self.now());
+        self.clock.sleep(patience);
+        patience
+    }
+
+    fn time_left(&self, now: Instant) -> Duration {
         let calm = if self.busy.is_empty() { CALM_TICK } else { TICK };
         let tick = self.next_tick.saturating_duration_since(now).min(calm);
         let tick =

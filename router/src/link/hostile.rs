@@ -118,7 +118,7 @@ fn submit(engine: &mut Engine, world: &mut World, owner: Owner, qpn: u32) {
         requests.write(seq, &wqe, &list);
     }
     requests.publish(SUBMITTED);
-    engine.take(qpn, std::time::Instant::now());
+    engine.take(qpn, engine.now());
 }
 
 /// The router of the other host, which says one Hello per channel and opens to the queue pair before it goes astray.

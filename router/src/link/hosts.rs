@@ -1,8 +1,10 @@
 //! Connections to other hosts: who dials, which connection counts when both did, what is lost with one, and silence.
 
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::alive;
 use super::conn::{Conn, End};
 use super::engine::{Engine, Slot};
 use super::inbound::open_message;
@@ -37,8 +39,7 @@ impl Engine {
 
     /// A connection that was dialed is there.
     pub fn dialed(&mut self, stream: Stream, host: &Arc<str>, channel: usize) {
-        let now = Instant::now();
-        let mut conn = Conn::new(stream, host.clone(), true, None, now);
+        let mut conn = Conn::new(stream, host.clone(), true, None);
         conn.send_bytes(&hello(channel, self.boot()), &[]);
         if let Some(remote) = self.remotes.get_mut(host).filter(|_| channel + 1 == CHANNELS) {
             remote.dialing = false;
@@ -51,7 +52,7 @@ impl Engine {
     /// Another router connected.
     pub fn accepted(&mut self, stream: Stream) {
         let host = stream.peer().clone();
-        let conn = Conn::new(stream, host.clone(), false, None, Instant::now());
+        let conn = Conn::new(stream, host.clone(), false, None);
         if let Err(errno) = self.add(conn) {
             tracing::warn!("cannot watch a connection from host {host}: {errno}");
         }
@@ -253,9 +254,9 @@ impl Engine {
             self.down(host);
             return;
         }
-        if remote.ask(owes, now)
-            && let Some(conn) = remote.conns[PROMPT].and_then(|at| self.conns.get_mut(at)?.as_mut())
-        {
+        let Some(conn) = remote.conns[PROMPT].and_then(|at| self.conns.get_mut(at)?.as_mut()) else { return };
+        if remote.ask(owes, now) {
+        let Some(remote) = self.remotes.get_mut(host) else { return };
             conn.send_bytes(&Header::new(Kind::Ping, 0, 0), &[]);
         }
     }
@@ -264,3 +265,9 @@ impl Engine {
 fn hello(channel: usize, boot: u64) -> Header {
     Header { seq: VERSION, a: boot, ..Header::new(Kind::Hello, 0, channel as u32) }
 }
+        if owes
+            && remote.is_silent(now)
+            && let Some(ago) = alive::acknowledged(conn.as_fd())
+        {
+            remote.acknowledged(now, ago);
+        }

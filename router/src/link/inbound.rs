@@ -49,8 +49,7 @@ impl Engine {
         })
     }
 
-    fn heard(&mut self, conn: &mut Conn, now: Instant) {
-        conn.heard = now;
+    fn heard(&mut self, conn: &Conn, now: Instant) {
         if let Some(remote) = self.remotes.get_mut(&conn.host) {
             remote.heard = now;
         }
@@ -312,12 +311,9 @@ impl Engine {
             };
             let endpoint = Endpoint::new(qp, 0);
             let target = Target { endpoint, held: VecDeque::new(), delivered: None };
-            self.targets.insert(header.to, target);
+            self.targets.insert(qpn, target);
         }
-        let (qpn, qkey) = (header.to, to.qkey);
-        let dest = UdDest { dgid, qpn, qkey, traffic_class: to.traffic_class, hop_limit: to.hop_limit };
-        let Some(target) = self.targets.get_mut(&qpn) else { return Ok(()) };
-        let now = Instant::now();
+        let Some(target) = self.targets.get_mut(&qpn) else { return };
         if target.held.is_empty() && target.endpoint.has_receive() {
             target.endpoint.datagram(header, from, dest, payload);
             target.delivered = Some(now);
@@ -325,7 +321,6 @@ impl Engine {
             let held = Held { header: *header, from, dest, payload: payload.to_vec() };
             target.held.push_back((now + HOLD, held));
         }
-        Ok(())
     }
 
     /// Delivers datagrams that waited for a receive, and drops those that waited long.

@@ -3,6 +3,8 @@
 //! Built is `tcp`: a few connections per pair of hosts, on which the messages of `wire` travel, over the streams of
 //! [`crate::cluster`]. docs/link.md says how it works and what another link must do. From the outside a link is [`Links`].
 
+mod alive;
+mod clock;
 mod conn;
 mod endpoint;
 mod engine;

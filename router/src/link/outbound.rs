@@ -186,7 +186,6 @@ impl Engine {
             }
             let taken = ring.take(datagrams.next, &mut sges, &mut payload);
             let sane = taken.filter(|(_, list)| *list == 0 && payload.len() <= limits::MTU as usize);
-            let hosts = shared.cluster.get().map(|cluster| &cluster.hosts);
             let addressed = sane.and_then(|(wqe, _)| {
                 let owned =
                     shared.with(|state| state.qps.get(wqe.source).is_some_and(|(o, _)| o.client == client));
@@ -194,14 +193,14 @@ impl Engine {
                 let host = hosts.and_then(|hosts| hosts.find(&process.tenant, dest.ip()));
                 host.filter(|_| owned).map(|host| (wqe, dest, host))
             });
-            if addressed.as_ref().is_some_and(|(.., host)| is_crowded(&self.remotes, &self.conns, &host.name))
-            {
+            let crowded = |host: &Arc<str>| is_crowded(&self.remotes, &self.conns, host);
+            if addressed.as_ref().is_some_and(|(.., hosts)| hosts.iter().any(crowded)) {
                 self.held_up.push(client);
                 return false;
             }
             datagrams.next = datagrams.next.wrapping_add(1);
             ring.header().finish(LinkDone { count: datagrams.next, status: 0 });
-            let Some((wqe, dest, host)) = addressed else { continue };
+            let Some((wqe, dest, hosts)) = addressed else { continue };
             let addresses = Addresses {
                 from: process.vip.0,
                 to: dest.0,
@@ -222,7 +221,7 @@ impl Engine {
             };
             let tenant = process.tenant.clone();
             let message = [header.as_bytes(), addresses.as_bytes(), tenant.as_bytes(), &payload].concat();
-            self.post(&host.name, message, now);
+            hosts.iter().for_each(|host| self.post(host, message.clone(), now));
         }
     }
 
@@ -233,7 +232,7 @@ impl Engine {
 
     pub fn send_cm(&mut self, host: &Arc<str>, bytes: &[u8]) {
         let header = Header { len: bytes.len() as u32, ..Header::new(Kind::Cm, 0, 0) };
-        self.post(host, [header.as_bytes(), bytes].concat(), Instant::now());
+        self.post(host, [header.as_bytes(), bytes].concat(), self.now());
     }
 
     /// Sends a message to a host, or keeps it until that is connected.

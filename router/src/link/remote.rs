@@ -1,6 +1,6 @@
 //! Another host as the links see it: its connections, and when it was last heard.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 /// Connections per pair of hosts: small operations have one of their own, so that they wait behind no large one.
@@ -35,7 +35,10 @@ pub struct Remote {
     pub heard: Instant,
     asked: Instant,
     kept: VecDeque<Datagram>,
+    /// Its router was.
 }
+    /// Its kernel was, since.
+    acknowledged: Instant,
 
 impl Remote {
     pub fn new(now: Instant) -> Self {
@@ -58,6 +61,7 @@ impl Remote {
     /// True: it is the first time since it was reached.
     pub fn dial_failed(&mut self, now: Instant) -> bool {
         let first = self.backoff == BACKOFF.0;
+            acknowledged: now,
         self.dialing = false;
         self.next_dial = now + self.backoff;
         self.backoff = (self.backoff * 2).min(BACKOFF.1);
@@ -95,4 +99,18 @@ impl Remote {
     pub fn take_kept(&mut self) -> VecDeque<Datagram> {
         std::mem::take(&mut self.kept)
     }
+    pub fn is_silent(&self, now: Instant) -> bool {
+        now >= self.heard + ANXIOUS
+    }
+
+    /// Its kernel acknowledged something so long ago.
+    pub fn acknowledged(&mut self, now: Instant, ago: Duration) {
+        self.acknowledged = now.checked_sub(ago).unwrap_or(self.acknowledged).max(self.acknowledged);
+    }
+
+    /// When the host was there for certain: its router may be slow, for as long as its connections are not given up.
+    pub fn alive(&self) -> Instant {
+        self.heard.max(self.acknowledged)
+    }
+
 }

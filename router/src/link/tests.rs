@@ -9,6 +9,7 @@ use freeflow_core::exec::Target;
 use freeflow_core::verbs::{SendFlags, SendOp, WcStatus};
 use proptest::prelude::*;
 
+use super::clock::Clock;
 use super::requester::{Requester, Source, Wr};
 use super::responder::{PendingRead, Responder, Verdict};
 use super::wire::{Header, Kind};
@@ -48,7 +49,11 @@ fn wr(op: SendOp, number: u32, total: u32) -> Wr {
 
 struct World {
     dice: Dice,
+    /// The system's clock; at times this router has no processor for long.
+    system: Instant,
+    clock: Clock,
     now: Instant,
+    heard: Instant,
     requester: Requester,
     responder: Responder,
     incarnation: u64,
@@ -66,12 +71,16 @@ impl World {
     fn new(seed: u64) -> Self {
         let mut dice = Dice(seed);
         let epoch = dice.roll(1 << 32) as u32;
+        let now = Instant::now();
         World {
             requester: Requester::new(epoch, true),
             responder: Responder::new(),
             incarnation: dice.roll(u64::MAX),
             dice,
-            now: Instant::now(),
+            system: now,
+            clock: Clock::new(now),
+            now,
+            heard: now,
             up: false,
             there: VecDeque::new(),
             back: VecDeque::new(),
@@ -83,7 +92,17 @@ impl World {
     }
 
     fn step(&mut self) {
-        self.now += Duration::from_micros(self.dice.roll(200));
+        self.system += Duration::from_micros(self.dice.roll(200));
+        if self.dice.roll(16) == 0 {
+            self.system += Duration::from_secs(10);
+        }
+        self.now = self.clock.turn(self.system);
+        let deadline = self.requester.deadline(self.heard);
+        assert!(
+            deadline.is_none_or(|deadline| self.now < deadline),
+            "the other side is there: {:?}",
+            self.requester
+        );
         match self.dice.roll(12) {
             0 if self.up && self.breaks && self.dice.roll(8) == 0 => self.lose(),
             0 | 1 if !self.up => self.connect(),
@@ -208,6 +227,7 @@ impl World {
 
     fn answer(&mut self, header: &Header) {
         let (seq, epoch, now) = (header.seq, header.epoch, self.now);
+        self.heard = now;
         let requester = &mut self.requester;
         let sane = match header.kind {
             kind if kind == Kind::Opened as u8 => requester.on_opened(seq, epoch, now),

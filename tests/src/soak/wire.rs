@@ -1,8 +1,9 @@
-//! Two hosts whose wire is cut again and again, and falls silent at last.
+//! Two hosts whose wire is cut again and again, whose routers have no processor for a while, and whose wire falls silent at last.
 //!
 //! Between the two routers is a relay for each direction of dialing. When it cuts, every connection ends wherever it is, in the
 //! middle of messages too: what was acknowledged must not come again, what was not must come, and in order (the workers number
-//! their messages). When it holds everything back, requests must fail after their queue pairs' own timeout and retries.
+//! their messages). When it loses everything, requests must fail after their queue pairs' own timeout and retries. When a router is only
+//! stopped for longer than that, none may.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -12,6 +13,9 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use socket2::{SockFilter, SockRef};
 
 use super::Result;
 use super::cluster::{both_move_on, free_ports, meet};
@@ -24,6 +28,10 @@ const ADDRESSES: [&str; 2] = ["10.78.0.1", "10.78.0.2"];
 /// Attributes of the queue pairs that meet silence: 4.096 us * 2^14 * (7 + 1).
 const PATIENCE: &str = "patience 14 7";
 const OWN_TIME: Duration = Duration::from_micros(536_871);
+/// A router is stopped for so long: longer than that, shorter than its neighbour would give up its connections.
+const STOPPED: Duration = Duration::from_millis(1_500);
+/// A router gives up a silent neighbour in 5 s.
+const GIVEN_UP: Duration = Duration::from_secs(30);
 /// What a machine at rest may take longer, and so much sooner may the last word have come that was heard.
 const SLACK: Duration = Duration::from_millis(200);
 const SOONER: Duration = Duration::from_millis(100);
@@ -36,6 +44,9 @@ pub struct Options {
     /// Times are reported, not judged.
     pub lenient: bool,
 }
+
+/// `ret #0`: a socket with this filter drops what comes, unacknowledged.
+const NOTHING: SockFilter = SockFilter::new(0x06, 0, 0, 0);
 
 #[derive(Debug, Default)]
 struct Open {
@@ -71,7 +82,12 @@ impl Relay {
             let (Ok(from), Ok(to), Ok(known)) = (from.try_clone(), to.try_clone(), from.try_clone()) else {
                 return;
             };
-            self.lock().streams.push(known);
+            let mut open = self.lock();
+            if open.silent {
+                lose_all(&known, true);
+            }
+            open.streams.push(known);
+            drop(open);
             let relay = self.clone();
             thread::spawn(move || relay.pump(from, to));
         }
@@ -100,9 +116,18 @@ impl Relay {
     }
 
     fn be_silent(&self, silent: bool) {
-        self.lock().silent = silent;
+        let mut open = self.lock();
+        open.silent = silent;
+        open.streams.iter().for_each(|stream| lose_all(stream, silent));
         self.0.1.notify_all();
     }
+}
+
+/// The socket loses all that comes to it, or hears again.
+fn lose_all(stream: &TcpStream, lose: bool) {
+    let socket = SockRef::from(stream);
+    // One that ended has nothing to lose.
+    let _ = if lose { socket.attach_filter(&[NOTHING]) } else { socket.detach_filter() };
 }
 
 struct Stage {
@@ -125,6 +150,18 @@ pub fn run(tree: &Tree, target: &Path, options: &Options) -> Result<()> {
         let stage = Stage::set(tree, target, secure)?;
         let logs = || stage.hosts.iter().map(|host| format!("--\n{}", host.log())).collect::<String>();
         stage.story(options, secure).map_err(|why| format!("{why}\nrouters' logs:\n{}", logs()))?;
+    }
+    Ok(())
+}
+
+/// Waits until a router has given up its silent neighbour.
+fn gives_up(host: &Host) -> Result<()> {
+    let start = Instant::now();
+    while !host.log().contains("is silent: its connections are ended") {
+        if start.elapsed() > GIVEN_UP {
+            return Err(format!("a neighbour that says nothing was not given up in {GIVEN_UP:?}"));
+        }
+        thread::sleep(Duration::from_millis(50));
     }
     Ok(())
 }
@@ -204,16 +241,33 @@ impl Stage {
         }
         let link = if secure { "TLS" } else { "plain TCP" };
         println!("  {link}: {} cuts, all goes on {slowest:?} after them at most", options.rounds);
-        self.silence(&mut a, &mut b, options)?;
+        a.ask(PATIENCE, "patient")?;
+        b.ask(PATIENCE, "patient")?;
+        meet((&mut a, 2), (&mut b, 2))?;
+        self.starve(&mut a, &mut b)?;
+        self.silence(&mut a, &mut b, options, !secure)?;
         a.quit()?;
         b.quit()
     }
 
+    /// Each router in turn has no processor, for longer than the queue pairs' patience: it is not silent to its neighbour, and does
+    /// not take its neighbour for silent.
+    fn starve(&self, a: &mut Worker, b: &mut Worker) -> Result<()> {
+        for host in &self.hosts {
+            let pid = i32::try_from(host.pid()).ok().and_then(Pid::from_raw).ok_or("a router has no pid")?;
+            let signal = |signal| kill_process(pid, signal).map_err(|e| format!("a router: {e}"));
+            signal(Signal::STOP)?;
+            thread::sleep(STOPPED);
+            signal(Signal::CONT)?;
+            (0..3).try_for_each(|slot| both_move_on((a, slot), (b, slot)))?;
+        }
+        println!("  each router stopped for {STOPPED:?}: all goes on");
+        Ok(())
+    }
+
     /// Queue pairs with a patience of half a second meet silence.
-    fn silence(&self, a: &mut Worker, b: &mut Worker, options: &Options) -> Result<()> {
-        a.ask(PATIENCE, "patient")?;
-        b.ask(PATIENCE, "patient")?;
-        meet((a, 2), (b, 2))?;
+    /// With `long` until both routers have given up their connections.
+    fn silence(&self, a: &mut Worker, b: &mut Worker, options: &Options, long: bool) -> Result<()> {
         let start = Instant::now();
         self.relays.iter().for_each(|relay| relay.be_silent(true));
         let failed = a.hear("failed 2")?;
@@ -226,6 +280,9 @@ impl Stage {
             return Err(format!("a request failed after {took:?}, its own time is {OWN_TIME:?}"));
         }
         b.hear("failed 2")?;
+        if long {
+            self.hosts.iter().try_for_each(gives_up)?;
+        }
         self.relays.iter().for_each(|relay| relay.be_silent(false));
         // Those with more patience go on, and new ones come.
         (0..2).try_for_each(|slot| both_move_on((a, slot), (b, slot)))?;
