@@ -11,6 +11,7 @@ use zerocopy::IntoBytes;
 
 use crate::config::Settings;
 use crate::copy;
+use crate::link::Links;
 use crate::refusal::{Refusal, Result};
 use crate::session::{Failure, Reply, Session};
 use crate::shared::ring_bell;
@@ -269,7 +270,10 @@ impl Handle for DestroySrq {
 
 impl Handle for AttachMcast {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
-        done(session.shared.with(|state| state.attach_mcast(session.owner, self.qpn, Gid(self.mgid))))
+        session.shared.with(|state| state.attach_mcast(session.owner, self.qpn, Gid(self.mgid)))?;
+        // Who hears from it that it is in the group may send to it at once.
+        session.shared.links.get().into_iter().for_each(Links::wait_until_known);
+        done(Ok(()))
     }
 }
 

@@ -99,6 +99,7 @@ impl Shared {
         let outbox = deliver(&mut state);
         drop(state);
         if let Some(links) = self.links.get() {
+            outbox.groups.iter().for_each(|joining| links.tell_group(joining));
             outbox.unlinked.iter().for_each(|(qpn, died)| links.disconnect(*qpn, *died));
         }
         outbox.bells.iter().for_each(|bell| ring_bell(bell));
@@ -111,6 +112,7 @@ impl Shared {
         if let Some(cluster) = self.cluster.get() {
             self.with(|state| state.tell_found(|tenant, ip| cluster.hosts.find(tenant, ip).is_some()));
         }
+        self.links.get().into_iter().for_each(Links::look_again);
     }
 
     /// The cluster learns that this host has `ip` of `tenant`.

@@ -1,7 +1,8 @@
 //! Multicast: what a datagram to a group becomes.
 //!
 //! The router knows who is in a group; a sender keeps the list and a look at the tenant's word says whether it is still
-//! good. A datagram is then delivered to each member like one that was sent to it, with the group in its header.
+//! good. A datagram is then delivered to each member like one that was sent to it, with the group in its header. Members on other
+//! hosts are one entry of the list, [`crate::verbs::MULTICAST_QPN`]: the router takes one datagram for all of them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

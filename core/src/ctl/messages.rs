@@ -224,7 +224,8 @@ body! {
 pub const MEMBERS: usize = 32;
 
 body! {
-    /// Members of a group in the order of their numbers, after [`ListMembers::after`]; there are more if `more` is not 0.
+    /// Members of a group in the order of their numbers, after [`ListMembers::after`]; there are more if `more` is not 0. The last is
+    /// `verbs::MULTICAST_QPN` at the group's own address if other hosts have some: the router sends to those.
     /// `page` not 0: the reply carries a descriptor, to be mapped for reading, with a word that changes whenever the members
     /// of one of the tenant's groups do. `generation` is what it was before the reply was made.
     MembersReply {

@@ -3,7 +3,7 @@
 //! Owns the table and who is told of its changes. A back-end of [`super::directory`] changes it from a thread of its own.
 //! It must never know where entries come from. Nothing that an operation does looks here: only what sets a connection up.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -125,6 +125,15 @@ impl Hosts {
         self.read().hosts.get(name).cloned()
     }
 
+    /// The other hosts that may have containers of a tenant.
+    pub fn of_tenant(&self, tenant: &Tenant) -> BTreeSet<HostName> {
+        let table = self.read();
+        let homes = table.homes.iter().filter(|(home, _)| home.tenant == *tenant).map(|(_, host)| host);
+        let nets = table.nets.iter().filter(|net| net.tenant.as_ref().is_none_or(|own| own == tenant));
+        let names = homes.chain(nets.map(|net| &net.host));
+        names.filter(|name| ***name != *self.own() && table.hosts.contains_key(*name)).cloned().collect()
+    }
+
     /// Calls `tell` with each move from now on, from the back-end's thread; it must not wait for anything.
     pub fn subscribe(&self, tell: Subscriber) {
         self.subscribers.write().unwrap_or_else(PoisonError::into_inner).push(tell);
@@ -223,7 +232,7 @@ mod tests {
             bits,
             host: host.into(),
         };
-        hosts.replace(&Listing {
+        let listing = Listing {
             hosts: [("h1".into(), addr(1)), ("h2".into(), addr(2)), ("h3".into(), addr(3))].into(),
             homes: [(home("red", "10.2.0.9"), "h3".into())].into(),
             nets: vec![
@@ -232,7 +241,8 @@ mod tests {
                 net(None, "10.2.0.0", 16, "h2"),
                 net(Some("blue"), "10.2.0.0", 16, "h3"),
             ],
-        });
+        };
+        hosts.replace(&listing);
         let at = |tenant: &str, ip: &str| {
             let host = hosts.find(&tenant.into(), ip.parse().expect("address"));
             host.map(|host| host.name.to_string())
@@ -244,6 +254,12 @@ mod tests {
         assert_eq!(at("red", "10.1.0.1"), None, "this host's");
         assert_eq!(at("red", "11.0.0.1").as_deref(), Some("h3"));
         assert_eq!(at("red", "fd00::1"), None);
+        let all = [HostName::from("h2"), "h3".into()];
+        assert_eq!(hosts.of_tenant(&"red".into()), BTreeSet::from(all));
+        hosts.replace(&Listing { nets: vec![net(Some("blue"), "10.2.0.0", 16, "h3")], ..listing });
+        assert!(hosts.of_tenant(&"green".into()).is_empty());
+        let of_red = hosts.of_tenant(&"red".into());
+        assert_eq!(of_red.iter().map(|name| &**name).collect::<Vec<_>>(), ["h3"], "by its own entry");
     }
 
     #[test]

@@ -174,9 +174,11 @@ pub struct Engine {
     /// Queue pairs whose requests are not all done.
     pub busy: HashSet<u32>,
     timers: BinaryHeap<Reverse<(Instant, u32)>>,
-    next_tick: Instant,
+    ticked: Instant,
     clock: Clock,
     seed: u64,
+    /// A host has heard of a group, or cannot be reached: somebody may wait for that.
+    pub learned: bool,
     /// Hosts to dial.
     pub to_dial: Vec<Arc<str>>,
     /// For the connection manager, whose lock comes before this one: what other hosts' say, and which of those are gone.
@@ -186,9 +188,9 @@ pub struct Engine {
 
 impl Engine {
     pub fn new(shared: Weak<Shared>, epoll: Arc<OwnedFd>, seed: u64) -> Self {
+        let now = Instant::now();
         Engine {
             shared,
-        let now = Instant::now();
             epoll,
             slots: BTreeMap::new(),
             targets: HashMap::new(),
@@ -201,23 +203,24 @@ impl Engine {
             lines: Vec::new(),
             busy: HashSet::new(),
             timers: BinaryHeap::new(),
-            next_tick: now,
+            ticked: now,
             clock: Clock::new(now),
             seed,
+            learned: false,
             to_dial: Vec::new(),
             cm_inbox: Vec::new(),
             hosts_gone: Vec::new(),
         }
     }
 
-    /// A number nobody else has: splitmix64 of the router's random start.
-    pub fn number(&mut self) -> u64 {
-        self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     /// By the clock that all deadlines are measured with.
     pub fn now(&self) -> Instant {
         self.clock.now(Instant::now())
     }
 
+    /// A number nobody else has: splitmix64 of the router's random start.
+    pub fn number(&mut self) -> u64 {
+        self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.seed;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -352,12 +355,12 @@ impl Engine {
         {
             more |= self.submissions(now);
         }
-        for index in 0..self.conns.len() {
-            more |= self.push(index, now);
-        }
         self.retry_datagrams(now);
         // Behind what came, which may be what somebody waits for; before what goes out, which may be due now.
         self.fire(now);
+        for index in 0..self.conns.len() {
+            more |= self.push(index, now);
+        }
         more || (!self.held_up.is_empty() && self.has_room())
     }
 
@@ -442,10 +445,15 @@ impl Engine {
             self.timers.pop();
             self.line_up(qpn, now);
         }
-        if now >= self.next_tick {
+        if now >= self.next_tick() {
             self.tick(now);
-            self.next_tick = now + if self.busy.is_empty() { CALM_TICK } else { TICK };
+            self.ticked = now;
         }
+    }
+
+    /// It comes nearer when something is owed.
+    fn next_tick(&self) -> Instant {
+        self.ticked + if self.busy.is_empty() { CALM_TICK } else { TICK }
     }
 
     /// Before sleeping: whoever submits from now on rings. False: something came meanwhile.
@@ -469,8 +477,7 @@ impl Engine {
     }
 
     fn time_left(&self, now: Instant) -> Duration {
-        let calm = if self.busy.is_empty() { CALM_TICK } else { TICK };
-        let tick = self.next_tick.saturating_duration_since(now).min(calm);
+        let tick = self.next_tick().saturating_duration_since(now);
         let tick =
             if self.targets.values().any(|target| !target.held.is_empty()) { tick.min(RETRY) } else { tick };
         let timer = self.timers.peek().map(|Reverse((when, _))| when.saturating_duration_since(now));

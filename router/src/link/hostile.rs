@@ -188,7 +188,7 @@ fn addressed(bytes: &[u8], qpn: u32) -> Vec<u8> {
     let from = if header.from & 7 == 0 { header.from } else { DEST };
     let rkey = if header.rkey & 7 == 0 { header.rkey } else { KEY };
     let addr = if header.addr & 7 == 0 { header.addr } else { PAGE + header.addr % (FILE - PAGE) };
-    let kind = if header.kind & 0x80 == 0 { header.kind % 16 } else { header.kind };
+    let kind = if header.kind & 0x80 == 0 { header.kind % 18 } else { header.kind };
     // Lengths that are there, but for some.
     let len = if header.len & 7 == 0 { header.len } else { payload.len() as u32 };
     [Header { kind, len, to, from, rkey, addr, ..header }.as_bytes(), payload].concat()

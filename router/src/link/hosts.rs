@@ -34,7 +34,9 @@ impl Engine {
 
     /// True: it is the first time since the host was reached.
     pub fn dial_failed(&mut self, host: &Arc<str>) -> bool {
-        self.remotes.get_mut(host).is_some_and(|remote| remote.dial_failed(Instant::now()))
+        let now = self.now();
+        self.learned = true;
+        self.remotes.get_mut(host).is_some_and(|remote| remote.dial_failed(now))
     }
 
     /// A connection that was dialed is there.
@@ -109,7 +111,8 @@ impl Engine {
         let Some(remote) = self.remotes.get_mut(host) else { return };
         remote.connected();
         let (prompt, kept) = (remote.conns[PROMPT], remote.take_kept());
-        let mut messages: Vec<Vec<u8>> = kept.into();
+        let mut messages = self.introduce_groups(host);
+        messages.extend(kept);
         for slot in self.slots.values_mut().filter(|slot| slot.host == *host && !slot.dead) {
             slot.queued = [false; CHANNELS];
             slot.served_by = None;
@@ -167,8 +170,8 @@ impl Engine {
         }
         drop(conn);
         self.down(&host);
-        if self.slots.values().any(|slot| slot.host == host) {
-            self.reach(&host, Instant::now());
+        if self.is_wanted(&host) {
+            self.reach(&host, self.now());
         }
     }
 
@@ -224,6 +227,7 @@ impl Engine {
         let late: Vec<u32> = self.busy.iter().copied().filter(|qpn| self.is_late(*qpn, now)).collect();
         for qpn in late {
             let Some(slot) = self.slots.get_mut(&qpn) else { continue };
+            tracing::debug!("QP {qpn:#x}: nothing came of host {} in time", slot.host);
             let requester = &mut slot.endpoint.requester;
             let open = requester.is_open();
             requester.give_up();
@@ -238,17 +242,24 @@ impl Engine {
     fn is_late(&self, qpn: u32, now: Instant) -> bool {
         let Some(slot) = self.slots.get(&qpn) else { return false };
         let Some(remote) = self.remotes.get(&slot.host) else { return false };
-        slot.endpoint.requester.deadline(remote.heard).is_some_and(|deadline| now >= deadline)
+        let late = slot.endpoint.requester.deadline(remote.alive()).is_some_and(|deadline| now >= deadline);
+        late && (slot.endpoint.requester.is_absent() || remote.was_asked(now))
+    }
+
+    /// Is there anything for which the host must be connected?
+    fn is_wanted(&self, host: &Arc<str>) -> bool {
+        let knows = self.remotes.get(host).is_some_and(|remote| remote.is_to_know);
+        knows || self.slots.values().any(|slot| slot.host == *host)
     }
 
     fn look_after(&mut self, host: &Arc<str>, owes: bool, now: Instant) {
-        let Some(remote) = self.remotes.get_mut(host) else { return };
-        if !remote.is_up() {
-            if self.slots.values().any(|slot| slot.host == *host) {
+        if self.remotes.get(host).is_some_and(|remote| !remote.is_up()) {
+            if self.is_wanted(host) {
                 self.reach(host, now);
             }
             return;
         }
+        let Some(remote) = self.remotes.get_mut(host) else { return };
         if now >= remote.heard + SILENCE {
             tracing::info!("host {host} is silent: its connections are ended");
             self.down(host);
@@ -256,8 +267,13 @@ impl Engine {
         }
         let Some(conn) = remote.conns[PROMPT].and_then(|at| self.conns.get_mut(at)?.as_mut()) else { return };
         if remote.ask(owes, now) {
-        let Some(remote) = self.remotes.get_mut(host) else { return };
             conn.send_bytes(&Header::new(Kind::Ping, 0, 0), &[]);
+        }
+        if owes
+            && remote.is_silent(now)
+            && let Some(ago) = alive::acknowledged(conn.as_fd())
+        {
+            remote.acknowledged(now, ago);
         }
     }
 }
@@ -265,9 +281,3 @@ impl Engine {
 fn hello(channel: usize, boot: u64) -> Header {
     Header { seq: VERSION, a: boot, ..Header::new(Kind::Hello, 0, channel as u32) }
 }
-        if owes
-            && remote.is_silent(now)
-            && let Some(ago) = alive::acknowledged(conn.as_fd())
-        {
-            remote.acknowledged(now, ago);
-        }

@@ -18,6 +18,7 @@ use super::requester::Nonsense;
 use super::responder::{PendingRead, Verdict};
 use super::wire::{self, Addresses, Header, Kind, Malformed, Opening};
 use crate::directory::Tenant;
+use crate::shared::Shared;
 
 /// Datagrams of a burst that may wait for a receive, per queue pair, and how long: the receiver, which had receives a moment
 /// ago, may not have had a processor since. Others are dropped at once.
@@ -111,6 +112,8 @@ impl Engine {
             Kind::Datagram => self.datagram(&conn.host, header, conn.payload(header.len))?,
             Kind::Ping => conn.send_bytes(&Header::new(Kind::Pong, 0, 0), &[]),
             Kind::Pong => {}
+            Kind::Member => self.member(conn, header)?,
+            Kind::Known => self.known(&conn.host, header.seq)?,
             Kind::Cm => self.cm_inbox.push((conn.host.clone(), conn.payload(header.len).to_vec())),
             _ => self.word(&conn.host.clone(), kind, header, now)?,
         }
@@ -301,14 +304,32 @@ impl Engine {
         if speaks.is_none_or(|speaker| *speaker.name != *host) {
             return Ok(()); // it does not have that container
         }
-        let known = self
-            .targets
-            .get(&header.to)
-            .is_some_and(|t| t.endpoint.qp.tenant == tenant && t.endpoint.qp.vip == dgid);
-        if !known {
-            let Ok(qp) = shared.with(|state| state.far_datagram(&tenant, dgid, header.to)) else {
-                return Ok(());
-            };
+        let Addresses { qkey, traffic_class, hop_limit, .. } = to;
+        let dest = UdDest { dgid, qpn: header.to, qkey, traffic_class, hop_limit };
+        if dgid.is_multicast() {
+            for (vip, qpn) in shared.with(|state| state.members_here(&tenant, dgid)) {
+                self.deliver(&shared, (&tenant, vip), header, from, UdDest { qpn, ..dest }, payload);
+            }
+        } else {
+            self.deliver(&shared, (&tenant, dgid), header, from, dest, payload);
+        }
+        Ok(())
+    }
+
+    /// Delivers a datagram to a queue pair at a container's address, if that receives.
+    fn deliver(
+        &mut self,
+        shared: &Shared,
+        (tenant, vip): (&Tenant, Gid),
+        header: &Header,
+        from: Gid,
+        dest: UdDest,
+        payload: &[u8],
+    ) {
+        let (qpn, now) = (dest.qpn, self.now());
+        let known = |t: &Target| t.endpoint.qp.tenant == *tenant && t.endpoint.qp.vip == vip;
+        if !self.targets.get(&qpn).is_some_and(known) {
+            let Ok(qp) = shared.with(|state| state.far_datagram(tenant, vip, qpn)) else { return };
             let endpoint = Endpoint::new(qp, 0);
             let target = Target { endpoint, held: VecDeque::new(), delivered: None };
             self.targets.insert(qpn, target);

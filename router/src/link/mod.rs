@@ -8,6 +8,7 @@ mod clock;
 mod conn;
 mod endpoint;
 mod engine;
+mod groups;
 #[cfg(any(test, fuzzing))]
 pub mod hostile;
 mod hosts;

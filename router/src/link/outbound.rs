@@ -12,9 +12,12 @@ use zerocopy::IntoBytes as _;
 use super::conn::Conn;
 use super::endpoint::{Endpoint, Served, spans};
 use super::engine::{Engine, Line, Slot, submissions};
+use super::groups::hosts_of;
 use super::remote::{BULK, PROMPT, Remote};
 use super::requester::Wr;
 use super::wire::{self, Addresses, FRAGMENT, Header, Kind};
+use crate::directory::Tenant;
+use crate::shared::Shared;
 
 /// Operations up to this size are small.
 pub const SMALL: u32 = 16 << 10;
@@ -190,8 +193,7 @@ impl Engine {
                 let owned =
                     shared.with(|state| state.qps.get(wqe.source).is_some_and(|(o, _)| o.client == client));
                 let dest = Gid(wqe.dgid);
-                let host = hosts.and_then(|hosts| hosts.find(&process.tenant, dest.ip()));
-                host.filter(|_| owned).map(|host| (wqe, dest, host))
+                owned.then(|| (wqe, dest, destinations(&shared, &process.tenant, dest)))
             });
             let crowded = |host: &Arc<str>| is_crowded(&self.remotes, &self.conns, host);
             if addressed.as_ref().is_some_and(|(.., hosts)| hosts.iter().any(crowded)) {
@@ -245,6 +247,16 @@ impl Engine {
             None => remote.keep(message),
         }
     }
+}
+
+/// The hosts that a datagram goes to.
+fn destinations(shared: &Shared, tenant: &Tenant, dest: Gid) -> Vec<Arc<str>> {
+    let Some(cluster) = shared.cluster.get() else { return vec![] };
+    if dest.is_multicast() {
+        let members = shared.with(|state| state.far_members(tenant, dest));
+        return hosts_of(&cluster.hosts, tenant, &members);
+    }
+    cluster.hosts.find(tenant, dest.ip()).map(|host| host.name.clone()).into_iter().collect()
 }
 
 /// Does a host not take what there is for it? Then its datagrams wait where they are.

@@ -3,6 +3,9 @@
 use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::requester::Nonsense;
+use crate::directory::Tenant;
+
 /// Connections per pair of hosts: small operations have one of their own, so that they wait behind no large one.
 pub const CHANNELS: usize = 2;
 /// Channel of small operations, and of everything that is not data.
@@ -16,6 +19,8 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from
 /// Asked whether it is there after such a silence, while something is owed by it, and while nothing is.
 const ANXIOUS: Duration = Duration::from_millis(50);
 const CALM: Duration = Duration::from_secs(1);
+/// It has so long to answer before requests fail.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// Given up, and connected anew, after such a silence.
 pub const SILENCE: Duration = Duration::from_secs(5);
 
@@ -32,13 +37,24 @@ pub struct Remote {
     backoff: Duration,
     /// The start of its router that its connections are with.
     pub boot: Option<u64>,
-    pub heard: Instant,
-    asked: Instant,
-    kept: VecDeque<Datagram>,
     /// Its router was.
-}
+    pub heard: Instant,
     /// Its kernel was, since.
     acknowledged: Instant,
+    asked: Instant,
+    /// The first time since it was heard.
+    asked_first: Instant,
+    kept: VecDeque<Datagram>,
+    /// It may have containers of a tenant of whose groups containers here are members.
+    pub is_to_know: bool,
+    /// Tenants of whose groups it was told since it was connected.
+    pub told: HashSet<Tenant>,
+    /// Numbers of the last `Member` that it was told, and of the last that it has heard.
+    said: u32,
+    known: u32,
+    /// Members of groups that it has told of.
+    pub members: usize,
+}
 
 impl Remote {
     pub fn new(now: Instant) -> Self {
@@ -49,8 +65,15 @@ impl Remote {
             backoff: BACKOFF.0,
             boot: None,
             heard: now,
+            acknowledged: now,
             asked: now,
+            asked_first: now,
             kept: VecDeque::new(),
+            is_to_know: false,
+            told: HashSet::new(),
+            said: 0,
+            known: 0,
+            members: 0,
         }
     }
 
@@ -61,7 +84,6 @@ impl Remote {
     /// True: it is the first time since it was reached.
     pub fn dial_failed(&mut self, now: Instant) -> bool {
         let first = self.backoff == BACKOFF.0;
-            acknowledged: now,
         self.dialing = false;
         self.next_dial = now + self.backoff;
         self.backoff = (self.backoff * 2).min(BACKOFF.1);
@@ -77,28 +99,19 @@ impl Remote {
         let patience = if owes { ANXIOUS } else { CALM };
         let due = now >= self.heard + patience && now >= self.asked + patience;
         if due {
+            if self.asked <= self.alive() {
+                self.asked_first = now;
+            }
             self.asked = now;
         }
         due
     }
 
-    /// It is being reached, and keeps as many datagrams as it may: the next wait at their sender. (A host that could not be
-    /// reached holds nobody up.)
-    pub fn is_full(&self) -> bool {
-        self.kept.len() == KEPT && self.backoff == BACKOFF.0
+    /// Has it had time to say that it is there, since it was last heard? One that is not connected cannot be asked.
+    pub fn was_asked(&self, now: Instant) -> bool {
+        !self.is_up() || (self.asked > self.alive() && now >= self.asked_first + PATIENCE)
     }
 
-    /// Keeps a datagram until the host is connected; the oldest one goes if there are too many.
-    pub fn keep(&mut self, datagram: Datagram) {
-        if self.kept.len() == KEPT {
-            self.kept.pop_front();
-        }
-        self.kept.push_back(datagram);
-    }
-
-    pub fn take_kept(&mut self) -> VecDeque<Datagram> {
-        std::mem::take(&mut self.kept)
-    }
     pub fn is_silent(&self, now: Instant) -> bool {
         now >= self.heard + ANXIOUS
     }
@@ -113,4 +126,65 @@ impl Remote {
         self.heard.max(self.acknowledged)
     }
 
+    /// It is being reached, and keeps as many datagrams as it may: the next wait at their sender. (A host that could not be
+    /// reached holds nobody up.)
+    pub fn is_full(&self) -> bool {
+        self.kept.len() == KEPT && self.backoff == BACKOFF.0
+    }
+
+    /// The number of the next `Member`.
+    pub fn next_said(&mut self) -> u32 {
+        self.said = self.said.wrapping_add(1);
+        self.said
+    }
+
+    pub fn knows(&mut self, seq: u32) -> Result<(), Nonsense> {
+        if self.said.wrapping_sub(seq) > self.said.wrapping_sub(self.known) {
+            return Err(Nonsense);
+        }
+        self.known = seq;
+        Ok(())
+    }
+
+    /// Will it soon know of groups what it does not know yet? (A host that could not be reached may never.)
+    pub fn is_to_learn(&self) -> bool {
+        self.is_to_know && if self.is_up() { self.known != self.said } else { self.backoff == BACKOFF.0 }
+    }
+
+    /// Keeps a datagram until the host is connected; the oldest one goes if there are too many.
+    pub fn keep(&mut self, datagram: Datagram) {
+        if self.kept.len() == KEPT {
+            self.kept.pop_front();
+        }
+        self.kept.push_back(datagram);
+    }
+
+    pub fn take_kept(&mut self) -> VecDeque<Datagram> {
+        std::mem::take(&mut self.kept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_not_silent_before_it_was_asked() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut host = Remote::new(start);
+        assert!(host.was_asked(at(0)), "it is not connected");
+        host.conns = [Some(0), Some(1)];
+        assert!(!host.was_asked(at(5000)), "it may have had nothing to say");
+        assert!(
+            !host.ask(true, at(49))
+                && host.ask(true, at(50))
+                && !host.ask(true, at(99))
+                && host.ask(true, at(100))
+        );
+        assert!(!host.was_asked(at(149)) && host.was_asked(at(150)));
+        host.acknowledged(at(160), Duration::from_millis(20));
+        assert!(!host.was_asked(at(5000)), "its kernel was heard after that");
+        assert!(host.ask(true, at(200)) && !host.was_asked(at(299)) && host.was_asked(at(300)));
+    }
 }

@@ -18,14 +18,18 @@ use super::remote::CHANNELS;
 use crate::directory::Tenant;
 use crate::listener::{Stop, accept_loop};
 use crate::shared::Shared;
-use crate::state::{FarQp, FarRing};
+use crate::state::{FarQp, FarRing, Joining};
 
 /// How long a host may take to answer a connection.
 const DIAL: Duration = Duration::from_secs(2);
+/// How long other hosts may take to hear of a member of a group before it is told that it is one.
+const LEARN: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Inner {
     engine: Mutex<Engine>,
+    /// [`Engine::learned`]
+    learned: Condvar,
     epoll: Arc<OwnedFd>,
     wake: OwnedFd,
     ended: AtomicBool,
@@ -67,6 +71,7 @@ impl Links {
         let engine = Engine::new(Arc::downgrade(shared), epoll.clone(), shared.boot);
         let inner = Arc::new(Inner {
             engine: Mutex::new(engine),
+            learned: Condvar::new(),
             epoll,
             wake,
             ended: AtomicBool::new(false),
@@ -122,6 +127,24 @@ impl Links {
     /// A connection manager's message for another host's.
     pub fn send_cm(&self, host: &Arc<str>, bytes: &[u8]) {
         self.inner.change(|engine| engine.send_cm(host, bytes));
+    }
+
+    /// A container of this host has joined or left a multicast group.
+    pub fn tell_group(&self, joining: &Joining) {
+        self.inner.change(|engine| engine.tell_group(joining));
+    }
+
+    /// The directory has changed.
+    pub fn look_again(&self) {
+        self.inner.change(Engine::tell_groups);
+    }
+
+    /// Waits until all hosts that can be reached have heard of what was told of groups before, for a second at most.
+    pub fn wait_until_known(&self) {
+        let engine = self.inner.lock();
+        let waited = self.inner.learned.wait_timeout_while(engine, LEARN, |engine| !engine.all_know());
+        // Who does not know it yet will, and until then loses datagrams.
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// A container is on another host than before.
@@ -219,8 +242,12 @@ fn work(inner: &Arc<Inner>, events: &mut Vec<epoll::Event>) -> Duration {
     let hosts = std::mem::take(&mut engine.to_dial);
     let (cm, gone) = (std::mem::take(&mut engine.cm_inbox), std::mem::take(&mut engine.hosts_gone));
     let idle = !more && engine.arm();
-    let patience = if idle { engine.patience(Instant::now()) } else { Duration::ZERO };
+    let patience = if idle { engine.patience() } else { Duration::ZERO };
+    let learned = std::mem::take(&mut engine.learned);
     drop(engine);
+    if learned {
+        inner.learned.notify_all();
+    }
     if let Some(manager) = inner.shared.upgrade().as_ref().and_then(|shared| shared.cm.get()) {
         // Its lock comes before ours.
         gone.into_iter().for_each(|host| manager.host_gone(host));

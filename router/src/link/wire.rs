@@ -6,7 +6,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of the protocol; a hello of another one ends the connection.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Most payload of one message: what a small operation may have to wait for.
 pub const FRAGMENT: u32 = 256 << 10;
 /// Payload of messages that are not data, at most.
@@ -59,6 +59,11 @@ kinds! {
     Pong = 14 up_to 0;
     /// Connection manager: payload is its own business.
     Cm = 15 up_to CONTROL;
+    /// A container is in a multicast group, or not ([`membership`] in `status`): payload [`Opening`], from its address to the
+    /// group's, and the tenant.
+    Member = 16 up_to 256;
+    /// All `Member`s up to `seq` were heard.
+    Known = 17 up_to 0;
 }
 
 /// The first bytes of each message.
@@ -101,6 +106,14 @@ pub mod flags {
     pub const SOLICITED: u8 = 1;
     /// Of an RnrNak: there are receives, only nobody polls; no retry is counted.
     pub const BUSY: u8 = 2;
+}
+
+/// `status` of a `Member`.
+pub mod membership {
+    pub const OUT: u8 = 0;
+    pub const IN: u8 = 1;
+    /// Nobody is in any group: what was said before is over.
+    pub const NONE: u8 = 2;
 }
 
 /// Who opens to whom; the tenant's name follows.

@@ -1,6 +1,7 @@
-//! Multicast groups: which UD queue pairs get what is sent to one. Each tenant has its own, on this host.
+//! Multicast groups: which UD queue pairs get what is sent to one. Each tenant has its own.
 //!
-//! Senders keep the list of members; a word in a page that they map changes whenever a list is out of date.
+//! Senders keep the list of members; a word in a page that they map changes whenever a list is out of date. Members on other
+//! hosts are one entry of it, and what other routers have to say of them is in `far_mcast`.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Bound;
@@ -10,9 +11,9 @@ use std::sync::Arc;
 use freeflow_core::ctl::{MEMBERS, Member, MembersReply};
 use freeflow_core::shm::{self, Mapping, PAGE};
 use freeflow_core::sync::{AtomicU64, Ordering};
-use freeflow_core::verbs::{Gid, QpType};
+use freeflow_core::verbs::{Gid, MULTICAST_QPN, QpType};
 
-use super::{Owner, State};
+use super::{Joining, Owner, State};
 use crate::quota::Resource;
 use crate::refusal::{Refusal, Result};
 
@@ -77,7 +78,15 @@ impl State {
         let groups = self.groups(owner)?;
         groups.members.entry(mgid).or_default().insert(qpn);
         groups.page.changed();
+        self.tell_of(owner, mgid);
         Ok(())
+    }
+
+    /// Other hosts must know of the owner's container and a group.
+    fn tell_of(&mut self, owner: Owner, mgid: Gid) {
+        if let Ok((tenant, vip)) = self.home_of(owner) {
+            self.outbox.groups.push(Joining { tenant, mgid, vip });
+        }
     }
 
     pub fn detach_mcast(&mut self, owner: Owner, qpn: u32, mgid: Gid) -> Result<()> {
@@ -86,6 +95,7 @@ impl State {
             return Err(Refusal::Invalid("the queue pair is not attached to the multicast group"));
         }
         self.give_back(owner.container, &[(Resource::Mcasts, 1)]);
+        self.tell_of(owner, mgid);
         Ok(())
     }
 
@@ -94,11 +104,13 @@ impl State {
         let Some(home) = self.containers.get(&owner.container) else { return };
         let Some(groups) = self.groups.get_mut(&home.tenant) else { return };
         let mgids: Vec<Gid> = groups.members.keys().copied().collect();
-        let left = mgids.into_iter().filter(|mgid| groups.leave(*mgid, qpn)).count();
-        self.give_back(owner.container, &[(Resource::Mcasts, left as u64)]);
+        let left: Vec<Gid> = mgids.into_iter().filter(|mgid| groups.leave(*mgid, qpn)).collect();
+        self.give_back(owner.container, &[(Resource::Mcasts, left.len() as u64)]);
+        left.into_iter().for_each(|mgid| self.tell_of(owner, mgid));
     }
 
-    /// Members of a group with numbers after `after`; and the page, for who asks for it.
+    /// Members of a group with numbers after `after`, the last being [`MULTICAST_QPN`] at the group's own address if other hosts have
+    /// some; and the page, for who asks for it.
     pub fn list_members(
         &mut self,
         owner: Owner,
@@ -106,6 +118,8 @@ impl State {
         after: u32,
         page: bool,
     ) -> Result<(MembersReply, Option<Arc<OwnedFd>>)> {
+        let tenant = self.home_of(owner)?.0;
+        let elsewhere = self.is_elsewhere(&tenant, mgid).then_some(MULTICAST_QPN);
         let groups = self.groups(owner)?;
         let mut reply = MembersReply {
             generation: groups.page.generation(),
@@ -116,13 +130,17 @@ impl State {
             members: [Member::default(); MEMBERS],
         };
         let fd = page.then(|| groups.page.read_only.clone());
-        let after = (Bound::Excluded(after), Bound::Unbounded);
-        let members = groups.members.get(&mgid).into_iter().flat_map(|all| all.range(after));
-        let some: Vec<u32> = members.copied().take(MEMBERS + 1).collect();
+        let rest = (Bound::Excluded(after), Bound::Unbounded);
+        let members = groups.members.get(&mgid).into_iter().flat_map(|all| all.range(rest)).copied();
+        let elsewhere = elsewhere.filter(|number| *number > after);
+        let some: Vec<u32> = members.chain(elsewhere).take(MEMBERS + 1).collect();
         reply.more = (some.len() > MEMBERS).into();
         for qpn in some.into_iter().take(MEMBERS) {
-            let Some((them, _)) = self.qps.get(qpn) else { continue };
-            let gid = self.home_of(them)?.1.0;
+            let gid = match self.qps.get(qpn) {
+                Some((them, _)) => self.home_of(them)?.1.0,
+                None if qpn == MULTICAST_QPN => mgid.0,
+                None => continue,
+            };
             reply.members[reply.count as usize] = Member { gid, qpn };
             reply.count += 1;
         }
@@ -131,6 +149,19 @@ impl State {
 }
 
 impl Groups {
+    /// Each group's members.
+    pub(super) fn all(&self) -> impl Iterator<Item = (Gid, u32)> {
+        self.members.iter().flat_map(|(mgid, members)| members.iter().map(|qpn| (*mgid, *qpn)))
+    }
+
+    pub(super) fn of(&self, mgid: Gid) -> impl Iterator<Item = u32> {
+        self.members.get(&mgid).into_iter().flatten().copied()
+    }
+
+    pub(super) fn changed(&self) {
+        self.page.changed();
+    }
+
     /// False: it was no member.
     fn leave(&mut self, mgid: Gid, qpn: u32) -> bool {
         let Some(members) = self.members.get_mut(&mgid) else { return false };

@@ -8,6 +8,7 @@ mod container;
 mod copies;
 mod death;
 mod far;
+mod far_mcast;
 mod mcast;
 mod mr;
 mod objects;
@@ -19,7 +20,7 @@ mod table;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod testing;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -32,6 +33,7 @@ pub use client::{Client, Given, MrTable};
 pub use container::{Container, Counters, sorted};
 pub use copies::CopyPlan;
 pub use far::{FarDomain, FarQp, FarRing, FarSrq};
+pub use far_mcast::{FarMember, Joining};
 use mcast::Groups;
 pub use mr::{Mr, Mrs};
 pub use objects::{Channel, Cq, Pd, Slab};
@@ -71,6 +73,8 @@ pub struct Outbox {
     pub notices: Vec<(u32, Notice)>,
     /// Queue pairs that are connected no more, and whether that is because their process died: a link may use them.
     pub unlinked: Vec<(u32, bool)>,
+    /// Containers that joined or left a multicast group: other hosts must know.
+    pub groups: Vec<Joining>,
     /// Bells to ring after the lock is gone.
     pub bells: Vec<Arc<OwnedFd>>,
     /// Lines for the operator; writing them may block, so that is done without the lock, too.
@@ -106,6 +110,8 @@ pub struct State {
     pub outbox: Outbox,
     /// Multicast groups, per tenant.
     groups: HashMap<Tenant, Groups>,
+    /// And who is in them on other hosts.
+    far_groups: HashMap<(Tenant, Gid), BTreeSet<FarMember>>,
     /// Queue pairs that were connected under an earlier router, and whose peers have not come back.
     awaiting: HashSet<u32>,
     random: Random,
@@ -134,6 +140,7 @@ impl State {
             srqs: Table::new("shared receive queue"),
             outbox: Outbox::default(),
             groups: HashMap::new(),
+            far_groups: HashMap::new(),
             awaiting: HashSet::new(),
             random,
             next_connection: 1,

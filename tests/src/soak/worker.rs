@@ -179,7 +179,8 @@ impl Worker {
         let (before, deadline) = (self.counts()?[slot], Instant::now() + WATCHDOG);
         while self.counts()?[slot] == before {
             if Instant::now() > deadline {
-                return Err(format!("slot {slot} of {} stands still", self.name));
+                let said = self.heard("");
+                return Err(format!("slot {slot} of {} stands still; it said {said:?}", self.name));
             }
             thread::yield_now();
         }

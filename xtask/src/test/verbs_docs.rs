@@ -173,9 +173,11 @@ pub fn page() -> Result<String> {
         "# Verbs: what is supported\n\n\
          Made from the conformance programs in tests/verbs by `cargo xtask docs`; do not edit.\n\
          `cargo xtask test` runs every case that is named here, in one process, between two processes, between two containers, and\n\
-         between two hosts where nothing else is said. What rdma-core's own tests say is in verbs-suite.md.\n\n\
-         Not run between two hosts:\n\n",
+         between two hosts where nothing else is said. What rdma-core's own tests say is in verbs-suite.md.\n\n",
     );
+    if !here_only.is_empty() {
+        text.push_str("Not run between two hosts:\n\n");
+    }
     for (program, why) in &here_only {
         writeln!(text, "* {program}: {why}.").context("a list")?;
     }

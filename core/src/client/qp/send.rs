@@ -13,8 +13,8 @@ use crate::ring::QpShared;
 use crate::shm::{LocalBytes, SharedBytes, copy_in};
 use crate::sync::Ordering;
 use crate::verbs::{
-    Access, QpAttr, QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits,
-    rnr_timer_us,
+    Access, MULTICAST_QPN, QpAttr, QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us,
+    limits, rnr_timer_us,
 };
 
 use super::super::events::{AsyncEvent, AsyncKind};
@@ -292,16 +292,30 @@ impl Qp {
             && dest.dgid.is_multicast()
             && matches!(outcome, Outcome::Done { status: WcStatus::Success, .. })
         {
-            self.send_to_group(route, request, dest);
+            return self.send_to_group(route, request, dest, outcome);
         }
         outcome
     }
 
-    /// Delivers a datagram to every member of its group, as if it had been sent to each.
-    fn send_to_group(&self, route: &mut Route, request: &Request<'_>, group: UdDest) {
+    /// Delivers a datagram to every member of its group, as if it had been sent to each. Returns `sent`, unless the router has no
+    /// room for what goes to other hosts.
+    fn send_to_group(
+        &self,
+        route: &mut Route,
+        request: &Request<'_>,
+        group: UdDest,
+        sent: Outcome,
+    ) -> Outcome {
         let context = self.context();
         let (own, client, gid) = (self.qpn(), context.id(), context.gid());
-        for (dgid, qpn) in context.groups.members(context, group.dgid).iter().copied() {
+        let members = context.groups.members(context, group.dgid);
+        // First: it may have to be tried again, and must not come twice.
+        if members.last().is_some_and(|(_, last)| *last == MULTICAST_QPN)
+            && context.links.datagram(context, own, self.pd.id, &group, request) == Outcome::Again
+        {
+            return Outcome::Again;
+        }
+        for (dgid, qpn) in members.iter().copied().filter(|(_, qpn)| *qpn != MULTICAST_QPN) {
             let member = Target::Datagram(UdDest { dgid, qpn, ..group });
             if !route.knows(&member) {
                 route.resolve(context, own, &member);
@@ -315,6 +329,7 @@ impl Qp {
             // Delivered or lost: a sender of datagrams is not told.
             let _ = execute(&request, &mut Progress::default(), env);
         }
+        sent
     }
 
     /// Moves the queue on. Returns what its head waits for.
