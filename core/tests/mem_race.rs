@@ -4,6 +4,7 @@ mod mem_util;
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use freeflow_core::client::mem::{freeze_stats, madvise_moved};
 use mem_util::*;
@@ -173,35 +174,46 @@ fn discarding_while_neighbours_move() {
     });
 }
 
-/// A thread that blocks SIGSEGV cannot be made to wait: nothing moves, and the registration says so.
-#[test]
-fn a_thread_that_blocks_faults_stops_the_mover() {
+/// What a thread does with SIGSEGV blocked, until it is told to end.
+type Work = fn(std::sync::mpsc::Receiver<()>);
+
+/// Registers memory while another thread does `work`: once, and after that has ended once more. How much of it moved?
+fn register_beside(work: Work) -> [u64; 2] {
+    let (pd, m) = (pd(), Map::anon(PAGE));
+    let (tell, ready) = std::sync::mpsc::channel();
+    let (end, wait) = std::sync::mpsc::channel();
+    let t = std::thread::spawn(move || {
+        let mut all = std::mem::MaybeUninit::uninit();
+        // SAFETY: initialises the set.
+        unsafe { libc::sigfillset(all.as_mut_ptr()) };
+        let all: libc::sigset_t = {
+            // SAFETY: initialised above.
+            unsafe { all.assume_init() }
+        };
+        // SAFETY: a valid set; changes only this thread's mask.
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut()) };
+        tell.send(()).unwrap();
+        work(wait);
+        // SAFETY: as above.
+        unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const all, std::ptr::null_mut()) };
+    });
+    ready.recv().unwrap();
+    let beside = pd.register(m.addr(), 4096, REMOTE).unwrap();
+    let moved = covered(&beside);
+    assert_eq!(beside.unmoved_because().is_some(), moved == 0);
+    drop(beside);
+    drop(end);
+    t.join().unwrap();
+    [moved, covered(&pd.register(m.addr(), 4096, REMOTE).unwrap())]
+}
+
+/// The same in a child, for the other tests' sake.
+fn beside(work: Work, moved: [u64; 2]) {
     watchdog();
-    // In a child, for the other tests' sake.
     // SAFETY: the child runs only this test's code and ends with _exit.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
-        let ok = std::panic::catch_unwind(|| {
-            let (pd, m) = (pd(), Map::anon(PAGE));
-            let (tell, ready) = std::sync::mpsc::channel();
-            let (end, wait) = std::sync::mpsc::channel::<()>();
-            let t = std::thread::spawn(move || {
-                let mut all = std::mem::MaybeUninit::uninit();
-                // SAFETY: initialises the set.
-                unsafe { libc::sigfillset(all.as_mut_ptr()) };
-                // SAFETY: initialised above.
-                unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), std::ptr::null_mut()) };
-                tell.send(()).unwrap();
-                wait.recv().unwrap_err();
-            });
-            ready.recv().unwrap();
-            let r = pd.register(m.addr(), 4096, REMOTE).unwrap();
-            assert!(r.extents().is_empty());
-            println!("{}", r.unmoved_because().unwrap());
-            drop(end);
-            t.join().unwrap();
-            assert_eq!(covered(&pd.register(m.addr(), 4096, REMOTE).unwrap()), 4096);
-        });
+        let ok = std::panic::catch_unwind(|| assert_eq!(register_beside(work), moved));
         // SAFETY: ends the child.
         unsafe { libc::_exit(i32::from(ok.is_err())) };
     }
@@ -209,4 +221,58 @@ fn a_thread_that_blocks_faults_stops_the_mover() {
     // SAFETY: our child.
     assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
     assert_eq!(status, 0);
+}
+
+/// A thread that blocks SIGSEGV cannot be made to wait: nothing moves, and the registration says so.
+#[test]
+fn a_thread_that_sleeps_with_faults_blocked_stops_the_mover() {
+    beside(|end| assert!(end.recv().is_err()), [0, 4096]);
+}
+
+#[test]
+fn a_thread_that_works_with_faults_blocked_stops_the_mover() {
+    beside(|end| while end.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {}, [0, 4096]);
+}
+
+/// Time that this thread has had a processor.
+fn own_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: fills in one timespec.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Lets this thread, and those it makes, run on the processor that it is on only.
+fn stay_here() {
+    // SAFETY: cpu_set_t is plain data: no processor.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: no precondition.
+    let here = unsafe { libc::sched_getcpu() };
+    // SAFETY: a valid set and processor.
+    unsafe { libc::CPU_SET(here as usize, &mut set) };
+    // SAFETY: a valid set; changes only this thread.
+    assert_eq!(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) }, 0);
+}
+
+/// A thread that is being created on a busy machine blocks SIGSEGV for as long as it has to wait for a processor. Here that is
+/// one which gets a three-hundredth of it, beside one that takes the rest, and needs four milliseconds.
+#[test]
+fn a_thread_that_gets_no_processor_is_waited_for() {
+    fn starve(_: std::sync::mpsc::Receiver<()>) {
+        let (hungry, begun) = (AtomicBool::new(true), own_time());
+        stay_here();
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while hungry.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+            let lowest = libc::sched_param { sched_priority: 0 };
+            // SAFETY: a valid parameter; changes only this thread.
+            assert_eq!(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const lowest) }, 0);
+            while own_time() - begun < Duration::from_millis(4) {}
+            hungry.store(false, Ordering::Relaxed);
+        });
+    }
+    beside(starve, [4096, 4096]);
 }

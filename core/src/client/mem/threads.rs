@@ -46,38 +46,83 @@ struct Known {
 }
 
 static KNOWN: Mutex<Known> = Mutex::new(Known { trusted: Vec::new(), stubborn: Vec::new() });
-/// A thread that is being created, or leaves our handler, blocks everything for a moment. On a busy machine it may have to wait for
-/// its turn to go on, so long at most.
+/// A thread that is being created, or leaves our handler, blocks everything for a moment: so long at most, of its own time.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// The longest time between two looks that counts: whoever looks may itself have waited for a processor.
+const STEP: Duration = Duration::from_millis(10);
+
+/// A thread that blocks SIGSEGV, as last looked at.
+#[derive(Debug, Clone, Copy)]
+struct Blocking {
+    tid: i32,
+    /// It waits for something other than a processor.
+    asleep: bool,
+    /// Time it has had a processor.
+    ran: Duration,
+}
 
 /// The first thread that blocks SIGSEGV. Called with the mover's lock held, nothing frozen.
 fn blocked_one(tids: &[i32]) -> Option<i32> {
     let Known { trusted, stubborn } = &mut *KNOWN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     trusted.retain(|t| tids.contains(t));
     stubborn.retain(|t| tids.contains(t));
-    for tid in tids.iter().filter(|t| !trusted.contains(t)).copied().collect::<Vec<_>>() {
-        let patience = if stubborn.contains(&tid) { Duration::ZERO } else { PATIENCE };
-        let deadline = Instant::now() + patience;
-        while blocks_faults(tid) {
-            if Instant::now() >= deadline {
-                if !patience.is_zero() {
-                    stubborn.push(tid);
-                }
-                return Some(tid);
-            }
-            std::thread::yield_now();
-        }
-        trusted.push(tid);
+    let unknown: Vec<i32> = tids.iter().filter(|t| !trusted.contains(t)).copied().collect();
+    let blocking = wait_for(&unknown, stubborn);
+    trusted.extend(unknown.iter().filter(|t| !blocking.contains(t)));
+    // Beside one that has been waited for nobody was waited for.
+    if !blocking.iter().any(|t| stubborn.contains(t)) {
+        stubborn.extend(&blocking);
     }
-    None
+    blocking.first().copied()
 }
 
-/// Whether the thread's mask holds SIGSEGV. A thread that has ended blocks nothing.
-fn blocks_faults(tid: i32) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/self/task/{tid}/status")) else { return false };
-    let mask = status.lines().find_map(|l| l.strip_prefix("SigBlk:"));
-    let mask = mask.and_then(|m| u64::from_str_radix(m.trim(), 16).ok()).unwrap_or(0);
-    mask & 1 << (libc::SIGSEGV - 1) != 0
+/// Those that block SIGSEGV still when they have had time enough to let it through, which the `stubborn` have had before.
+fn wait_for(tids: &[i32], stubborn: &[i32]) -> Vec<i32> {
+    let mut blocking = look_at(tids);
+    let (mut spent, mut last) = (Duration::ZERO, Instant::now());
+    while !blocking.is_empty() && spent < PATIENCE && !blocking.iter().any(|b| stubborn.contains(&b.tid)) {
+        std::thread::yield_now();
+        let now = look_at(tids);
+        spent += had_time(&blocking, &now, last.elapsed().min(STEP));
+        (blocking, last) = (now, Instant::now());
+    }
+    blocking.iter().map(|b| b.tid).collect()
+}
+
+/// How much of `step`, between two looks, counts against patience: what the one that had least of it had, asleep or on a
+/// processor. Waiting for a processor does not count, since the thread cannot help it, nor can those that wait for it.
+fn had_time(before: &[Blocking], now: &[Blocking], step: Duration) -> Duration {
+    let had = |b: &Blocking| {
+        if b.asleep {
+            return step;
+        }
+        let then = before.iter().find(|then| then.tid == b.tid).map_or(b.ran, |then| then.ran);
+        b.ran.saturating_sub(then).min(step)
+    };
+    now.iter().map(had).min().unwrap_or_default()
+}
+
+fn look_at(tids: &[i32]) -> Vec<Blocking> {
+    tids.iter().filter_map(|tid| blocking(*tid)).collect()
+}
+
+/// None: the thread lets SIGSEGV through, or has ended and blocks nothing.
+fn blocking(tid: i32) -> Option<Blocking> {
+    let status = std::fs::read_to_string(format!("/proc/self/task/{tid}/status")).ok()?;
+    let of = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let mask = u64::from_str_radix(of("SigBlk:")?, 16).ok()?;
+    let asleep = !of("State:")?.starts_with('R');
+    (mask & 1 << (libc::SIGSEGV - 1) != 0).then(|| Blocking { tid, asleep, ran: ran(tid) })
+}
+
+/// How long a thread of this process has had a processor. (pthread_getcpuclockid(3) needs a handle, which other threads' are not.)
+fn ran(tid: i32) -> Duration {
+    /// The kernel's name of a thread's clock: its number, and that it is a thread's, of time on a processor.
+    const THREAD_TIME: i32 = 4 | 2;
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: fills in one timespec; a thread that has ended has no clock.
+    unsafe { libc::clock_gettime(!tid << 3 | THREAD_TIME, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// How far a control block reaches below and above the list head in it. (glibc 2.36: 736 and 1584; not more, so
@@ -155,6 +200,23 @@ fn pthread_stack() -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn seen(tid: i32, asleep: bool, ran_ms: u64) -> Blocking {
+        Blocking { tid, asleep, ran: Duration::from_millis(ran_ms) }
+    }
+
+    #[test]
+    fn only_time_that_a_thread_had_counts() {
+        let had = |before: &[Blocking], now: &[Blocking]| had_time(before, now, STEP).as_millis();
+        let waits = |ran| seen(1, false, ran);
+        assert_eq!(had(&[waits(5)], &[waits(5)]), 0, "it had no processor");
+        assert_eq!(had(&[waits(5)], &[waits(8)]), 3);
+        assert_eq!(had(&[waits(5)], &[waits(99)]), 10, "no longer than the step");
+        assert_eq!(had(&[seen(1, true, 5)], &[seen(1, true, 5)]), 10, "it sleeps");
+        assert_eq!(had(&[], &[waits(5)]), 0, "it is new");
+        // One sleeps until the other, which has no processor, lets it go on.
+        assert_eq!(had(&[seen(2, true, 0), waits(5)], &[seen(2, true, 0), waits(5)]), 0);
+    }
 
     fn zones() -> Vec<(u64, u64)> {
         look(&Maps::open().unwrap()).unwrap().zones
