@@ -120,7 +120,8 @@ impl Lanes {
                 srq.inspect(|srq| srq.reclaim_one(said.byte_len, died));
                 continue;
             }
-            let Some(srq) = srq.filter(|srq| srq.taken_by(said.slot, self.taker()).is_some()) else {
+            let taken = srq.and_then(|srq| Some((srq, srq.taken_by(said.slot, self.taker())?)));
+            let Some((srq, private)) = taken else {
                 // A ticket for nothing: this connection is at fault.
                 tickets.polled(self, number.wrapping_add(1));
                 self.qp.upgrade().inspect(|qp| _ = qp.enter_error());
@@ -132,9 +133,7 @@ impl Lanes {
                 continue;
             }
             let mut wc = Wc { qp_num: self.qpn(), ..Wc::default() };
-            if let Some(private) = srq.taken_by(said.slot, None) {
-                private.receive(&said, &payload, &srq.table(), &mut wc);
-            }
+            private.receive(&said, &payload, &srq.table(), &mut wc);
             tickets.polled(self, number.wrapping_add(1));
             srq.free(said.slot);
             self.arrived(&mut wc);

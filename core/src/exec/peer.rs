@@ -6,7 +6,7 @@ use super::Retired;
 use crate::ring::mr::{domain, slot_of};
 use crate::ring::{Claim, CqShared, MrEntry, QpShared, Ready, RqShared, SrqRing};
 use crate::shm::SharedBytes;
-use crate::sync::Ordering;
+use crate::sync::{AtomicU64, Ordering};
 use crate::verbs::Access;
 
 /// A peer's QP as this side sees it. All of it is memory the peer writes.
@@ -50,6 +50,15 @@ impl<'a> Peer<'a> {
         match &self.srq {
             None => Claim::resume(self.rq, suspended, client),
             Some(srq) => srq.resume_connected(self.rq, self.qp, suspended, self.qpn),
+        }
+    }
+
+    /// The word of the receive that is taken next, as far as can be told without looking.
+    #[inline]
+    pub fn next_receive(&self) -> Option<&'a AtomicU64> {
+        match &self.srq {
+            None => self.rq.state_word(self.qp.head.load(Ordering::Relaxed)),
+            Some(srq) => srq.slots.state_word(srq.header.next()),
         }
     }
 

@@ -330,39 +330,13 @@ fn atomic<M: PeerMemory>(request: &Request<'_>, to: &Gathered, peer: Peer<'_>, e
     if to.total != 8 {
         return Outcome::failed(WcStatus::LocLenErr);
     }
-    if addr % 8 != 0 {
-        return violation(env.memory, WcStatus::RemInvReqErr);
-    }
     // Registration grants REMOTE_ATOMIC only where the pages moved, so far memory does not get here honestly.
-    let bytes = match word_of(peer, rkey, Access::REMOTE_ATOMIC, addr, env.memory) {
-        Ok(Some(bytes)) => bytes,
-        Ok(None) => return violation(env.memory, WcStatus::RemAccessErr),
-        Err(status) => return violation(env.memory, status),
-    };
-    let Some(word) = crate::shm::atomic_word(&bytes) else {
-        return violation(env.memory, WcStatus::RemInvReqErr);
-    };
-    let old = apply(word, request.op, compare_add, swap);
-    scatter_old(old, to);
-    Outcome::Done { status: WcStatus::Success, byte_len: 8 }
-}
-
-/// The eight bytes behind an rkey. None: they are far.
-fn word_of<M: PeerMemory>(
-    peer: Peer<'_>,
-    rkey: u32,
-    need: Access,
-    addr: u64,
-    memory: &mut M,
-) -> Result<Option<SharedBytes>, WcStatus> {
-    let Some(remote) = target(&peer, memory, rkey, need, addr, 8)? else { return Ok(None) };
-    Ok(match memory.reach(remote.entry, rkey, remote.va, 8) {
-        Reach::Here(bytes) => Some(bytes),
-        Reach::Far(_) => None,
+    on_word(addr, rkey, (Access::REMOTE_ATOMIC, WcStatus::RemAccessErr), peer, env.memory, |word| {
+        scatter_old(apply(word, request.op, compare_add, swap), to);
     })
 }
 
-/// One store of eight bytes. Memory that is reached through the router has none.
+/// One store of eight bytes.
 fn atomic_write<M: PeerMemory>(
     addr: u64,
     rkey: u32,
@@ -371,20 +345,38 @@ fn atomic_write<M: PeerMemory>(
     env: Env<'_, M>,
 ) -> Outcome {
     let Some((bytes, 8)) = from.small() else { return Outcome::failed(WcStatus::LocLenErr) };
-    if !addr.is_multiple_of(8) {
-        return violation(env.memory, WcStatus::RemInvReqErr);
-    }
-    let bytes_there = match word_of(peer, rkey, Access::REMOTE_WRITE, addr, env.memory) {
-        Ok(Some(bytes)) => bytes,
-        Ok(None) => return violation(env.memory, WcStatus::RemOpErr),
-        Err(status) => return violation(env.memory, status),
-    };
-    let Some(word) = crate::shm::atomic_word(&bytes_there) else {
-        return violation(env.memory, WcStatus::RemInvReqErr);
-    };
     let mut value = [0; 8];
     value.copy_from_slice(&bytes[..8]);
-    word.store(u64::from_ne_bytes(value), Ordering::Release);
+    on_word(addr, rkey, (Access::REMOTE_WRITE, WcStatus::RemOpErr), peer, env.memory, |word| {
+        word.store(u64::from_ne_bytes(value), Ordering::Release);
+    })
+}
+
+/// Runs `act` on the aligned word of eight bytes behind an rkey. Memory that is reached through the router has no such
+/// words: a request for one fails with `far`.
+fn on_word<M: PeerMemory>(
+    addr: u64,
+    rkey: u32,
+    (need, far): (Access, WcStatus),
+    peer: Peer<'_>,
+    memory: &mut M,
+    act: impl FnOnce(&AtomicU64),
+) -> Outcome {
+    if !addr.is_multiple_of(8) {
+        return violation(memory, WcStatus::RemInvReqErr);
+    }
+    let remote = match target(&peer, memory, rkey, need, addr, 8) {
+        Ok(Some(remote)) => remote,
+        Ok(None) => return violation(memory, far),
+        Err(status) => return violation(memory, status),
+    };
+    let Reach::Here(bytes) = memory.reach(remote.entry, rkey, remote.va, 8) else {
+        return violation(memory, far);
+    };
+    let Some(word) = crate::shm::atomic_word(&bytes) else {
+        return violation(memory, WcStatus::RemInvReqErr);
+    };
+    act(word);
     Outcome::Done { status: WcStatus::Success, byte_len: 8 }
 }
 
@@ -498,7 +490,7 @@ fn send<M: PeerMemory>(
     }
     deliver(claim, &done, &peer, env.memory);
     // The next send will claim the next receive, whose line is in the receiver's cache.
-    peer.rq.state_word(peer.qp.head.load(Ordering::Relaxed)).inspect(|word| prefetch_for_write(*word));
+    peer.next_receive().inspect(|word| prefetch_for_write(*word));
     Outcome::Done { status: WcStatus::Success, byte_len: from.total as u32 }
 }
 

@@ -80,6 +80,12 @@ impl SrqShared {
         fence(Ordering::SeqCst);
     }
 
+    /// The number of the receive that is taken next, or of one before it.
+    #[inline]
+    pub fn next(&self) -> u32 {
+        self.head.load(Ordering::Relaxed)
+    }
+
     pub fn limit(&self) -> u32 {
         self.limit.load(Ordering::Relaxed)
     }
