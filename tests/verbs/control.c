@@ -194,6 +194,153 @@ static void parent_domain(void)
 	OK(ibv_dealloc_pd(pd));
 }
 
+/* ---- allocators of a parent domain -------------------------------------------------------------------------------- */
+
+enum lends { MEMORY, THE_DEFAULT, NOTHING };
+
+/* What the program has lent, and on what terms. */
+static struct shelf {
+	struct ibv_pd *pd;
+	enum lends lends;
+	int out, times;
+	void *piece[64];
+	uint64_t type[64];
+	size_t bytes;
+} shelf;
+
+static void *shelf_alloc(struct ibv_pd *pd, void *context, size_t size, size_t alignment, uint64_t type)
+{
+	struct shelf *s = context;
+	void *piece = NULL;
+
+	CHECK(s == &shelf && (!s->pd || s->pd == pd), "the domain and its context");
+	CHECK(size && alignment && !(alignment & (alignment - 1)), "%zu bytes at %zu", size, alignment);
+	s->times++;
+	if (s->lends != MEMORY)
+		return s->lends == NOTHING ? NULL : IBV_ALLOCATOR_USE_DEFAULT;
+	CHECK(s->out < (int)COUNT(s->piece), "too many pieces");
+	OK(posix_memalign(&piece, alignment, size));
+	memset(piece, 0, size);
+	s->bytes += size;
+	s->type[s->out] = type;
+	s->piece[s->out++] = piece;
+	return piece;
+}
+
+static void shelf_free(struct ibv_pd *pd, void *context, void *piece, uint64_t type)
+{
+	struct shelf *s = context;
+	int at = 0;
+
+	CHECK(s == &shelf && s->pd == pd, "the domain and its context");
+	while (at < s->out && s->piece[at] != piece)
+		at++;
+	CHECK(at < s->out && s->type[at] == type, "what was not lent, or for something else");
+	s->piece[at] = s->piece[--s->out];
+	s->type[at] = s->type[s->out];
+	free(piece);
+}
+
+/* Queues in memory that the program lends work, and give it back before their destroyer returns. */
+static void parent_domain_allocators(void)
+{
+	struct ibv_pd *pd = MADE(ibv_alloc_pd(ctx));
+	struct ibv_parent_domain_init_attr init = {
+		.pd = pd, .comp_mask = IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS | IBV_PARENT_DOMAIN_INIT_ATTR_PD_CONTEXT,
+		.alloc = shelf_alloc, .free = shelf_free, .pd_context = &shelf,
+	};
+
+	shelf = (struct shelf){ .lends = MEMORY };
+	errno = 0;
+	struct ibv_pd *parent = ibv_alloc_parent_domain(ctx, &init);
+	not_supported(parent, "ibv_alloc_parent_domain");
+	shelf.pd = MADE(parent);
+
+	struct ibv_srq_init_attr shared = { .attr = { .max_wr = 64, .max_sge = 1 } };
+	struct ibv_srq *srq = MADE(ibv_create_srq(parent, &shared));
+	CHECK(shelf.out > 0, "nothing was asked for");
+	struct end_cfg sender = { .pd = parent }, receiver = { .pd = parent, .srq = srq };
+	int before = shelf.out;
+	struct pair p = pair_loopback(&sender, &receiver);
+	CHECK(shelf.out > before && shelf.bytes > 4096, "%d pieces, %zu bytes", shelf.out, shelf.bytes);
+	end_connect(p.a);
+	end_connect(p.b);
+	for (int i = 0; i < 200; i++) { /* round the queues */
+		struct ibv_sge s = sge(p.b, 0, 64);
+		struct ibv_recv_wr *bad, r = { .wr_id = i, .sg_list = &s, .num_sge = 1 };
+
+		OK(ibv_post_srq_recv(srq, &r, &bad));
+		fill(p.a->buf, 64, i);
+		OK(post_op(p.a, IBV_WR_SEND, i, 0, 64, 0, 0));
+		WANT(p.a->scq, i, IBV_WC_SUCCESS);
+		WANT(p.b->rcq, i, IBV_WC_SUCCESS);
+		SAME(p.b->buf, 64, i);
+		EQ(write_to(p.b, p.b->peer.rkey, p.b->peer.addr, 64), IBV_WC_SUCCESS);
+	}
+	end_destroy(p.a);
+	end_destroy(p.b);
+	EQ(shelf.out, before);
+	OK(ibv_destroy_srq(srq));
+	EQ(shelf.out, 0);
+
+	/* The default, and none: a queue that cannot be made keeps nothing. */
+	shelf.lends = THE_DEFAULT;
+	shelf.times = 0;
+	srq = MADE(ibv_create_srq(parent, &shared));
+	CHECK(shelf.times > 0, "nothing was asked for");
+	OK(ibv_destroy_srq(srq));
+	shelf.lends = NOTHING;
+	NOT_MADE(ibv_create_srq(parent, &shared), ENOMEM);
+	struct ibv_cq *cq = MADE(ibv_create_cq(ctx, 16, NULL, NULL, 0));
+	struct ibv_qp_init_attr q = { .send_cq = cq, .recv_cq = cq, .qp_type = IBV_QPT_RC, .cap = { 4, 4, 1, 1, 0 } };
+	NOT_MADE(ibv_create_qp(parent, &q), ENOMEM);
+	OK(ibv_destroy_cq(cq));
+	EQ(shelf.out, 0);
+	OK(ibv_dealloc_pd(parent));
+	init.free = NULL;
+	NOT_MADE(ibv_alloc_parent_domain(ctx, &init), EINVAL);
+	OK(ibv_dealloc_pd(pd));
+}
+
+/* ---- what a queue pair says of itself ----------------------------------------------------------------------------- */
+
+/* The options that two devices of one vendor agree on: those of another are refused, and the answer names what is accepted. */
+static void ece(void)
+{
+	struct pair p = pair_loopback(NULL, NULL);
+	struct ibv_ece own = { .comp_mask = 7 }, other;
+	int error = ibv_query_ece(p.a->qp, &own);
+
+	if (error == EOPNOTSUPP)
+		skip_case("EOPNOTSUPP from ibv_query_ece");
+	OK(error);
+	CHECK(own.vendor_id && !own.comp_mask, "the vendor's number");
+	other = own;
+	OK(ibv_set_ece(p.b->qp, &other));
+	CHECK(!memcmp(&own, &other, sizeof(own)), "accepted as it is");
+	other.options = ~0u;
+	OK(ibv_set_ece(p.b->qp, &other));
+	CHECK(other.options == own.options, "what is accepted of all options");
+	other.vendor_id++;
+	RC(ibv_set_ece(p.b->qp, &other), EINVAL);
+	other = own;
+	other.comp_mask = 1;
+	RC(ibv_set_ece(p.b->qp, &other), EINVAL);
+	end_connect(p.a);
+	end_connect(p.b);
+	EQ(write_to(p.a, p.a->peer.rkey, p.a->peer.addr, 64), IBV_WC_SUCCESS);
+}
+
+/* Nobody may wait for a message by looking at its last byte. */
+static void data_in_no_order(void)
+{
+	static const enum ibv_wr_opcode ops[] = { IBV_WR_RDMA_WRITE, IBV_WR_RDMA_READ, IBV_WR_SEND, IBV_WR_RDMA_WRITE_WITH_IMM };
+	struct pair p = pair_loopback(NULL, NULL);
+
+	for (size_t i = 0; i < COUNT(ops); i++)
+		EQ(ibv_query_qp_data_in_order(p.a->qp, ops[i], 0), 0);
+}
+
 /* A second handle on the device and a PD: a QP made through it uses regions of the first. */
 static void imports(void)
 {
@@ -306,12 +453,6 @@ static void timestamps(void)
 	end_destroy(p.a);
 	end_destroy(p.b);
 	OK(ibv_destroy_cq(ibv_cq_ex_to_cq(cq)));
-	struct ibv_modify_cq_attr m = { .attr_mask = IBV_CQ_ATTR_MODERATE, .moderate = { 8, 8 } };
-	struct ibv_cq *plain = MADE(ibv_create_cq(ctx, 8, NULL, NULL, 0));
-	RC(ibv_modify_cq(plain, &m), EOPNOTSUPP);
-	m.attr_mask = 2;
-	RC(ibv_modify_cq(plain, &m), EINVAL);
-	OK(ibv_destroy_cq(plain));
 }
 
 /* Eight bytes that appear at once, from the place that the call names. */
@@ -454,6 +595,9 @@ static const struct test_case cases[] = {
 	{ "device_memory", device_memory, 0 },
 	{ "device_memory_errors", device_memory_errors, LOCAL },
 	{ "parent_domain", parent_domain, LOCAL },
+	{ "parent_domain_allocators", parent_domain_allocators, LOCAL },
+	{ "ece", ece, LOCAL },
+	{ "data_in_no_order", data_in_no_order, LOCAL },
 	{ "imports", imports, LOCAL },
 	{ "implicit_on_demand", implicit_on_demand, 0 },
 	{ "resize", resize, LOCAL },

@@ -119,6 +119,97 @@ static void solicited_only(void)
 	received(&p);
 }
 
+/* ---- moderation -------------------------------------------------------------------------------------------------- */
+
+static void moderate(struct ibv_cq *cq, uint16_t count, uint16_t period)
+{
+	struct ibv_modify_cq_attr m = { .attr_mask = IBV_CQ_ATTR_MODERATE, .moderate = { count, period } };
+	int error = ibv_modify_cq(cq, &m);
+
+	if (error == EOPNOTSUPP)
+		skip_case("EOPNOTSUPP from ibv_modify_cq");
+	OK(error);
+}
+
+/* Events for every fourth completion, also when the CQ is armed between them only. */
+static void moderated_by_count(void)
+{
+	struct pair p = pair_open(&ON_CHANNEL, &ON_CHANNEL);
+
+	if (p.b)
+		moderate(p.b->rcq, 4, 0);
+	for (int round = 0; round < 3; round++) {
+		if (p.b)
+			OK(ibv_req_notify_cq(p.b->rcq, 0));
+		for (int i = 0; i < 4; i++) {
+			if (p.b)
+				CHECK(!has_event(p.b->channel), "an event after %d of 4 completions", i);
+			one_message(&p, 0);
+			received(&p);
+		}
+		if (p.b) {
+			CHECK(EVENT(p.b->channel) == p.b->rcq, "another CQ's event");
+			CHECK(!has_event(p.b->channel), "a second event for one arming");
+		}
+	}
+	/* the other CQ of the channel is not moderated */
+	if (p.b) {
+		OK(ibv_req_notify_cq(p.b->scq, 0));
+		OK(post_op(p.b, IBV_WR_RDMA_WRITE, 7, 0, 8, 0, 0));
+		CHECK(EVENT(p.b->channel) == p.b->scq, "another CQ's event");
+		WANT(p.b->scq, 7, IBV_WC_SUCCESS);
+	}
+}
+
+/* Too few completions: their event comes when the period is over. What is solicited counts, if that is what was asked for. */
+static void moderated_by_period(void)
+{
+	enum { PERIOD_US = 30000 };
+	struct pair p = pair_open(&ON_CHANNEL, &ON_CHANNEL);
+	double start = 0;
+
+	if (p.b)
+		moderate(p.b->rcq, 1000, PERIOD_US);
+	for (int round = 0; round < 2; round++) {
+		if (p.b) {
+			start = now();
+			OK(ibv_req_notify_cq(p.b->rcq, round));
+		}
+		one_message(&p, round ? IBV_SEND_SOLICITED : 0);
+		received(&p);
+		if (p.b) {
+			CHECK(EVENT(p.b->channel) == p.b->rcq, "another CQ's event");
+			CHECK(now() - start >= PERIOD_US * 1e-6, "the event came too early");
+		}
+	}
+}
+
+/* What is held back makes its event when that is changed, and then each completion makes one. */
+static void moderation_ends(void)
+{
+	struct pair p = pair_open(&ON_CHANNEL, &ON_CHANNEL);
+
+	if (p.b) {
+		struct ibv_modify_cq_attr bad = { .attr_mask = 2 };
+
+		moderate(p.b->rcq, 1000, 0);
+		RC(ibv_modify_cq(p.b->rcq, &bad), EINVAL);
+		OK(ibv_req_notify_cq(p.b->rcq, 0));
+	}
+	one_message(&p, 0);
+	received(&p);
+	if (p.b) {
+		CHECK(!has_event(p.b->channel), "an event after 1 of 1000 completions");
+		moderate(p.b->rcq, 0, 0);
+		EVENT(p.b->channel);
+		OK(ibv_req_notify_cq(p.b->rcq, 0));
+	}
+	one_message(&p, 0);
+	if (p.b)
+		EVENT(p.b->channel);
+	received(&p);
+}
+
 /* WRITE_WITH_IMM may be solicited too; SOLICITED on a plain WRITE means nothing. */
 static void solicited_write_imm(void)
 {
@@ -460,6 +551,7 @@ static void cq_overrun(void)
 #define CASE(name) { #name, name, 0 }
 static const struct test_case cases[] = {
 	CASE(not_armed_no_event), CASE(armed_once_one_event), CASE(arming_is_for_the_next), CASE(solicited_only), CASE(solicited_write_imm),
+	CASE(moderated_by_count), CASE(moderated_by_period), CASE(moderation_ends),
 	CASE(errors_are_solicited), CASE(nonblocking), CASE(epoll_level), CASE(two_cqs_one_channel), CASE(destroy_waits_for_ack),
 	CASE(untaken_event_goes_with_its_cq), CASE(no_lost_wake_up), CASE(qp_access_error_event), CASE(comm_est_event), CASE(cq_overrun),
 };

@@ -279,6 +279,91 @@ static void limits_and_errors(void)
 	close_side(&b);
 }
 
+/* Whoever names the file gets the same domain, and in it the same target; each stays until its last handle is closed. */
+static void a_file_names_the_domain(void)
+{
+	struct ibv_xrcd_init_attr domain = { .comp_mask = IBV_XRCD_INIT_ATTR_FD | IBV_XRCD_INIT_ATTR_OFLAGS };
+	struct ibv_qp_open_attr open = { .comp_mask = IBV_QP_OPEN_ATTR_NUM | IBV_QP_OPEN_ATTR_XRCD | IBV_QP_OPEN_ATTR_TYPE | IBV_QP_OPEN_ATTR_CONTEXT,
+					 .qp_type = IBV_QPT_XRC_RECV, .qp_context = &domain };
+	struct ibv_qp_init_attr_ex init = { .qp_type = IBV_QPT_XRC_RECV, .comp_mask = IBV_QP_INIT_ATTR_XRCD };
+	struct ibv_qp_attr t = { .qp_state = IBV_QPS_INIT, .port_num = port_num };
+	FILE *file = MADE(tmpfile()), *another = MADE(tmpfile());
+
+	common_parts(&b);
+	domain.fd = fileno(file);
+	NOT_MADE(ibv_open_xrcd(ctx, &domain), EAGAIN);
+	domain.oflags = O_CREAT;
+	struct ibv_xrcd *first = MADE(ibv_open_xrcd(ctx, &domain));
+	domain.oflags = O_CREAT | O_EXCL;
+	NOT_MADE(ibv_open_xrcd(ctx, &domain), EINVAL);
+	domain.oflags = 0;
+	domain.fd = dup(fileno(file));
+	struct ibv_xrcd *second = MADE(ibv_open_xrcd(ctx, &domain));
+	OK(close(domain.fd));
+	NOT_MADE(ibv_open_xrcd(ctx, &domain), EBADF);
+	domain.fd = fileno(another);
+	domain.oflags = O_CREAT;
+	struct ibv_xrcd *other = MADE(ibv_open_xrcd(ctx, &domain));
+
+	init.xrcd = first;
+	struct ibv_qp *made = MADE(ibv_create_qp_ex(ctx, &init));
+	open.qp_num = made->qp_num;
+	open.xrcd = other;
+	NOT_MADE(ibv_open_qp(ctx, &open), EINVAL);
+	open.xrcd = second;
+	struct ibv_qp *opened = MADE(ibv_open_qp(ctx, &open));
+	CHECK(opened != made && opened->qp_num == made->qp_num && opened->qp_context == &domain, "another handle of it");
+	OK(ibv_modify_qp(made, &t, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS));
+	EQ(qp_state(opened), IBV_QPS_INIT);
+	RC(ibv_close_xrcd(first), EBUSY);
+	RC(ibv_close_xrcd(second), EBUSY);
+	OK(ibv_destroy_qp(made));
+	OK(ibv_close_xrcd(first));
+	EQ(qp_state(opened), IBV_QPS_INIT);
+	OK(ibv_destroy_qp(opened));
+	NOT_MADE(ibv_open_qp(ctx, &open), EINVAL);
+	OK(ibv_close_xrcd(second));
+	OK(ibv_close_xrcd(other));
+	domain.fd = fileno(file);
+	domain.oflags = 0;
+	NOT_MADE(ibv_open_xrcd(ctx, &domain), EAGAIN);
+	OK(fclose(file));
+	OK(fclose(another));
+	OK(ibv_dereg_mr(b.mr));
+	for (int i = 0; i < QUEUES; i++)
+		OK(ibv_destroy_cq(b.cq[i]));
+	OK(ibv_dealloc_pd(b.pd));
+	free(b.buf);
+}
+
+/* Messages for a target arrive at the queues of its domain, whichever handle made them and whether its maker still has it. */
+static void messages_by_an_opened_target(void)
+{
+	struct ibv_qp *made = NULL;
+
+	open_sides(false);
+	if (is_b) {
+		struct ibv_qp_open_attr open = { .comp_mask = IBV_QP_OPEN_ATTR_NUM | IBV_QP_OPEN_ATTR_XRCD | IBV_QP_OPEN_ATTR_TYPE,
+						 .qp_type = IBV_QPT_XRC_RECV, .qp_num = b.qp->qp_num, .xrcd = b.xrcd };
+
+		made = b.qp;
+		b.qp = MADE(ibv_open_qp(ctx, &open));
+		OK(ibv_destroy_qp(made));
+		post_b(1, 8, 0, 100);
+	}
+	sync_ends();
+	if (is_a) {
+		fill(a.buf, 100, 3);
+		OK(request(IBV_WR_SEND, a.peer.srqn[1], 100, 0));
+		WANT(a.cq[0], 1, IBV_WC_SUCCESS);
+	}
+	if (is_b) {
+		WANT(b.cq[1], 8, IBV_WC_SUCCESS);
+		SAME(b.buf, 100, 3);
+	}
+	close_sides();
+}
+
 static const struct test_case cases[] = {
 	{ "sends_small_post", sends_small_post, 0 },
 	{ "sends_large_post", sends_large_post, 0 },
@@ -287,5 +372,7 @@ static const struct test_case cases[] = {
 	{ "memory_wr", memory_wr, 0 },
 	{ "a_number_of_nobody", a_number_of_nobody, 0 },
 	{ "limits_and_errors", limits_and_errors, LOCAL },
+	{ "a_file_names_the_domain", a_file_names_the_domain, LOCAL },
+	{ "messages_by_an_opened_target", messages_by_an_opened_target, 0 },
 };
 SUITE(cases)

@@ -1,12 +1,14 @@
 //! Completion channels: a descriptor that becomes readable when an armed CQ has something.
 //!
 //! The program's descriptor is a private epoll around the bell's own end; peers only ever hold the other one, so nothing
-//! they do to it (filling it, changing its flags) reaches the program's descriptor beyond a spurious wake.
+//! they do to it (filling it, changing its flags) reaches the program's descriptor beyond a spurious wake. Once one of its CQs is
+//! moderated the helper thread hears the bell instead, and the epoll is around what the helper rings (`moderation`).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, epoll, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
@@ -24,9 +26,11 @@ pub struct Channel {
     pub(super) id: u32,
     pub(super) context: Arc<Context>,
     /// The end that is waited on; nobody else has it.
-    heard: OwnedFd,
+    heard: Arc<OwnedFd>,
     bell: Bell,
     epoll: OwnedFd,
+    /// With a moderated CQ: an eventfd that the helper makes readable when an event is due.
+    due: OnceLock<OwnedFd>,
     cqs: Mutex<Vec<Weak<Cq>>>,
 }
 
@@ -39,8 +43,9 @@ impl Context {
         epoll::add(&epoll, &heard, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
             .map_err(Error::system("epoll_ctl"))?;
         let id = self.conn.call(&CreateChannel {}, &[given.as_fd()])?.0.id;
-        let context = Arc::clone(self);
-        Ok(Arc::new(Channel { id, context, heard, bell, epoll, cqs: Mutex::default() }))
+        let (context, heard) = (Arc::clone(self), Arc::new(heard));
+        let (due, cqs) = (OnceLock::new(), Mutex::default());
+        Ok(Arc::new(Channel { id, context, heard, bell, epoll, due, cqs }))
     }
 }
 
@@ -59,7 +64,7 @@ impl Channel {
         cqs.retain(|weak| !std::ptr::eq(weak.as_ptr(), cq));
         drop(cqs);
         // Its untaken event goes with it; what others rang stays.
-        hush(&self.heard);
+        self.hush();
         if self.live().iter().any(|other| other.is_rung()) {
             self.ring();
         }
@@ -69,12 +74,50 @@ impl Channel {
         self.bell.ring();
     }
 
+    /// Empties what the program polls.
+    fn hush(&self) {
+        match self.due.get() {
+            Some(due) => _ = rustix::io::read(due, &mut [0u8; 8]),
+            None => hush(&self.heard),
+        }
+    }
+
+    /// One of its CQs is moderated: from now on the helper hears the bell, and the program what is due.
+    pub(super) fn moderate(self: &Arc<Self>) -> Result<()> {
+        // Once, whoever else calls; and none of them returns before it is done.
+        let _cqs = self.cqs.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.due.get().is_some() {
+            return Ok(());
+        }
+        let due = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let due = due.map_err(Error::system("eventfd"))?;
+        epoll::add(&self.epoll, &due, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+            .map_err(Error::system("epoll_ctl"))?;
+        let _ = self.due.set(due);
+        epoll::delete(&self.epoll, &self.heard).map_err(Error::system("epoll_ctl"))?;
+        self.context.moderated.add(&self.heard, Arc::downgrade(self));
+        self.context.helper.ring();
+        Ok(())
+    }
+
+    /// Helper: passes on what is due at `now`; returns when the next event will be that is held back.
+    pub(super) fn pass_on(&self, now: Instant) -> Option<Instant> {
+        let due = self.due.get()?;
+        hush(&self.heard);
+        let cqs = self.live();
+        let next = cqs.iter().filter_map(|cq| cq.release_held(now)).min();
+        if cqs.iter().any(|cq| cq.is_rung()) {
+            let _ = rustix::io::write(due, &1u64.to_ne_bytes());
+        }
+        next
+    }
+
     /// ibv_get_cq_event(3): waits for a CQ that rang and returns its cookie. EAGAIN if the program made the descriptor
     /// non-blocking.
     pub fn next_event(&self) -> Result<u64> {
         loop {
             // Emptied before looking: a ring after the look fills it again.
-            hush(&self.heard);
+            self.hush();
             if let Some(cookie) = self.take_rung() {
                 return Ok(cookie);
             }
@@ -109,5 +152,8 @@ impl Channel {
 impl Drop for Channel {
     fn drop(&mut self) {
         let _ = self.context.conn.ask(&DestroyChannel { channel: self.id });
+        if self.due.get().is_some() {
+            self.context.helper.ring(); // it listens to the bell
+        }
     }
 }

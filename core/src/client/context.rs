@@ -17,6 +17,7 @@ use super::fork;
 use super::helper::Helper;
 use super::link::Links;
 use super::mcast::Groups;
+use super::moderation::ModeratedChannels;
 use super::mw::Windows;
 use super::peers::Peers;
 use super::qp::Qp;
@@ -50,6 +51,7 @@ pub struct Context {
     pub(super) links: Links,
     pub(super) groups: Groups,
     pub(super) windows: Windows,
+    pub(super) moderated: ModeratedChannels,
     pub(super) events: AsyncQueue,
     pub(super) helper: Helper,
 }
@@ -79,6 +81,7 @@ impl Context {
             links: Links::default(),
             groups: Groups::default(),
             windows: Windows::default(),
+            moderated: ModeratedChannels::default(),
             events: AsyncQueue::new()?,
             helper: Helper::new(events)?,
         });

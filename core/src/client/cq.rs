@@ -4,7 +4,8 @@
 //! where something happened.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::ctl::{CreateCq, DestroyCq};
 use crate::error::{Error, Result};
@@ -19,12 +20,15 @@ use super::channel::Channel;
 use super::context::Context;
 use super::lanes::Lanes;
 use super::lock::Lock;
+use super::moderation::Moderation;
 use super::qp::Qp;
 use super::slab::{Block, BlockKind};
 use super::srq::XrcQueue;
 
 /// Lanes up to which polling all of them is cheaper than asking peers to mark.
 const SCAN_LIMIT: usize = 8;
+/// Looks at queues that are known to be busy, after which marks are taken all the same: others may have something too.
+const LOOKS: u32 = 64;
 /// Empty polls in a row, some 20 us, after which the processor is offered to others: with more pollers than processors
 /// the one that is waited for would otherwise not run before a time slice has passed.
 const PATIENCE: u32 = 1024;
@@ -41,6 +45,7 @@ pub struct Cq {
     cqe: AtomicU32,
     /// Sends mark the dirty map too.
     mapped: AtomicBool,
+    moderation: Mutex<Moderation>,
     inner: Lock<Inner>,
 }
 
@@ -93,7 +98,10 @@ struct Inner {
     feeds: Vec<Option<Feed>>,
     count: usize,
     mapped: bool,
+    /// Those that are marked, had something when last looked at, or have sends under way.
     ready: VecDeque<usize>,
+    /// Looks at queues since marks were taken.
+    looks: u32,
     /// Polls since the last completion.
     idle: u32,
     /// Where the next scan starts, so that a busy lane does not starve the others.
@@ -126,8 +134,8 @@ impl Context {
         };
         let context = Arc::clone(self);
         let cqe = AtomicU32::new(cqe);
-        let (mapped, inner) = (AtomicBool::new(false), Lock::default());
-        let cq = Arc::new(Cq { context, id, shared, channel, block, cookie, cqe, mapped, inner });
+        let (mapped, moderation, inner) = (AtomicBool::new(false), Mutex::default(), Lock::default());
+        let cq = Arc::new(Cq { context, id, shared, channel, block, cookie, cqe, mapped, moderation, inner });
         if let Some(channel) = &cq.channel {
             channel.attach(Arc::downgrade(&cq));
         }
@@ -193,8 +201,26 @@ impl Cq {
         filled
     }
 
+    /// Queues that had something lately have more, as a rule: they are looked at again before marks are taken. Taking one means
+    /// that its cache line changes hands twice, which costs more than the message itself; a mark that is there already costs
+    /// its maker little.
     fn poll_dirty(&self, inner: &mut Inner, out: &mut [Wc]) -> usize {
-        let Inner { feeds, ready, .. } = inner;
+        let mut looked_at = 0;
+        if inner.looks < LOOKS {
+            let filled = self.turn(inner, inner.ready.len(), out);
+            if filled > 0 || out.is_empty() {
+                return filled;
+            }
+            looked_at = inner.ready.len();
+        }
+        self.take_marks(inner);
+        inner.ready.rotate_left(looked_at);
+        self.turn(inner, inner.ready.len() - looked_at, out)
+    }
+
+    fn take_marks(&self, inner: &mut Inner) {
+        let Inner { feeds, ready, looks, .. } = inner;
+        *looks = 0;
         self.shared[0].drain_dirty(|bit| {
             for index in (bit as usize..feeds.len()).step_by(DIRTY_BITS as usize) {
                 if let Some(feed) = feeds[index].as_mut().filter(|feed| !feed.listed) {
@@ -203,18 +229,24 @@ impl Cq {
                 }
             }
         });
+    }
+
+    /// One look at each of the first listed queues. One with nothing, and nothing under way, waits for its next mark.
+    fn turn(&self, inner: &mut Inner, count: usize, out: &mut [Wc]) -> usize {
+        let Inner { feeds, ready, looks, .. } = inner;
         let mut filled = 0;
-        for _ in 0..ready.len() {
-            let Some(index) = ready.pop_front() else { break };
-            let Some(feed) = feeds[index].as_mut() else { continue };
-            filled += self.drain(feed, &mut out[filled..]);
-            // It may have more, or will without another mark.
-            feed.listed = filled == out.len() || feed.sends();
-            if feed.listed {
-                ready.push_back(index);
-            }
+        for _ in 0..count {
             if filled == out.len() {
                 break;
+            }
+            let Some(index) = ready.pop_front() else { break };
+            let Some(feed) = feeds[index].as_mut() else { continue };
+            let found = self.drain(feed, &mut out[filled..]);
+            *looks += 1;
+            filled += found;
+            feed.listed = found > 0 || feed.sends();
+            if feed.listed {
+                ready.push_back(index);
             }
         }
         filled
@@ -243,6 +275,42 @@ impl Cq {
         self.shared[0].arm(solicited_only);
     }
 
+    /// ibv_modify_cq(3): `count` completions make an event, or fewer when `period` has passed since the first of them. A count
+    /// of 0 and a period of zero are none; without both, and with a count of 1, each completion makes one.
+    pub fn moderate(&self, count: u16, period: Duration) -> Result<()> {
+        let moderated = count > 1 || (count == 0 && !period.is_zero());
+        if let Some(channel) = self.channel.as_ref().filter(|_| moderated) {
+            channel.moderate()?;
+        }
+        *self.moderation() = Moderation { period, until: None };
+        self.shared[0].moderate(moderated.then_some(count.into()));
+        // What was held back by another rule makes its event now.
+        if let (Ring::Bell, Some(channel)) = (self.shared[0].release(), &self.channel) {
+            channel.ring();
+        }
+        Ok(())
+    }
+
+    fn moderation(&self) -> std::sync::MutexGuard<'_, Moderation> {
+        self.moderation.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Helper: ends the wait for more completions if it is time; else returns when it will be.
+    pub(super) fn release_held(&self, now: Instant) -> Option<Instant> {
+        let mut moderation = self.moderation();
+        if !self.shared[0].is_held() {
+            moderation.until = None;
+            return None;
+        }
+        let until = moderation.hold(now)?;
+        if until > now {
+            return Some(until);
+        }
+        moderation.until = None;
+        let _ = self.shared[0].release(); // the caller looks who rang
+        None
+    }
+
     pub(super) fn take_rung(&self) -> bool {
         self.shared[0].take_rung()
     }
@@ -261,7 +329,7 @@ impl Cq {
 
     /// A peer died: maybe after it had taken the arm word for a ring, and before it rang.
     pub(super) fn ring_again(&self) {
-        if let Some(channel) = self.channel.as_ref().filter(|_| self.is_rung()) {
+        if let Some(channel) = self.channel.as_ref().filter(|_| self.is_rung() || self.shared[0].is_held()) {
             channel.ring();
         }
     }

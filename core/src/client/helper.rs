@@ -1,6 +1,6 @@
 //! The helper thread: hears the router, and moves stalled send queues on while the program sleeps.
 //!
-//! It sleeps in poll(2) on the event socket and its own bell. With stalled queues it wakes at their deadlines, or, when
+//! It sleeps in poll(2) on the event socket, its own bell, and those of channels with moderated CQs. With stalled queues it wakes at their deadlines, or, when
 //! bytes remain to be copied, after [`GRACE`]: a program that polls is faster than that and leaves nothing to do.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -84,7 +84,8 @@ impl Helper {
         }
     }
 
-    fn ring(&self) {
+    /// Has it look around.
+    pub(super) fn ring(&self) {
         let _ = rustix::io::write(&self.shared.bell, &1u64.to_ne_bytes());
     }
 
@@ -172,15 +173,10 @@ impl Search {
 fn run(shared: &Shared, context: &Weak<Context>) {
     let mut timeout = None;
     let mut search = None;
+    let mut moderated = Vec::new();
     while !shared.stop.load(Ordering::Acquire) {
         let events = shared.events();
-        let mut fds = vec![PollFd::new(&shared.bell, PollFlags::IN)];
-        fds.extend(events.as_ref().map(|events| PollFd::new(&**events, PollFlags::IN)));
-        let spec = timeout
-            .map(|t: Duration| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
-        let _ = poll(&mut fds, spec.as_ref());
-        let (rung, heard) =
-            (!fds[0].revents().is_empty(), fds[1..].iter().any(|fd| !fd.revents().is_empty()));
+        let (rung, heard) = sleep(shared, events.as_deref(), &moderated, timeout);
         if rung {
             let _ = rustix::io::read(&shared.bell, &mut [0u8; 8]);
         }
@@ -202,7 +198,30 @@ fn run(shared: &Shared, context: &Weak<Context>) {
             let left = next.saturating_duration_since(Instant::now());
             timeout = Some(timeout.map_or(left, |t| t.min(left)));
         }
+        moderated = context.moderated.bells();
+        if !moderated.is_empty()
+            && let Some(next) = context.moderated.pass_on()
+        {
+            timeout = Some(timeout.map_or(next, |t| t.min(next)));
+        }
     }
+}
+
+/// Waits until somebody rings, or for `timeout`. Returns whether that was the helper's own bell, and the router.
+fn sleep(
+    shared: &Shared,
+    events: Option<&Socket>,
+    moderated: &[Arc<OwnedFd>],
+    timeout: Option<Duration>,
+) -> (bool, bool) {
+    let mut fds = vec![PollFd::new(&shared.bell, PollFlags::IN)];
+    fds.extend(moderated.iter().map(|bell| PollFd::new(&**bell, PollFlags::IN)));
+    let first_event = fds.len();
+    fds.extend(events.map(|events| PollFd::new(events, PollFlags::IN)));
+    let spec = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: t.subsec_nanos().into() });
+    let _ = poll(&mut fds, spec.as_ref());
+    let rung = !fds[0].revents().is_empty();
+    (rung, fds[first_event..].iter().any(|fd| !fd.revents().is_empty()))
 }
 
 /// One look, if it is time: existing direct connections go on meanwhile, and whatever needs the router waits or fails.

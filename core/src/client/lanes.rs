@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use arrayvec::ArrayVec;
 
+use crate::error::Result;
 use crate::exec::LocalTable;
 use crate::ring::{Completion, INLINE_BYTES, QpShared, RecvSlot, RqShared, SlotPayload, Taken};
-use crate::shm::{LocalBytes, SharedBytes, View, copy_out, prefetch_for_write};
+use crate::shm::{Array, Lender, LocalBytes, Purpose, SharedBytes, View, copy_out, prefetch_for_write};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::verbs::{Access, QpState, QpType, SendOp, Sge, Wc, WcOpcode, WcStatus, limits, wc_flags, wc_sl};
 
@@ -30,7 +31,7 @@ struct SendResult {
 /// The send queue's results.
 #[derive(Debug)]
 pub struct SendLane {
-    results: Box<[SendResult]>,
+    results: Array<SendResult>,
     /// Requests begun; written under the send queue's lock.
     begun: AtomicU32,
     /// Requests finished; written under the send queue's lock.
@@ -51,7 +52,7 @@ pub struct PrivateRecv {
 #[derive(Debug)]
 pub struct RecvLane {
     slots: View<RecvSlot>,
-    private: Box<[PrivateRecv]>,
+    private: Array<PrivateRecv>,
     /// Receives posted; written under the receive queue's lock.
     posted: AtomicU32,
     /// Receives taken; written under the CQ's lock.
@@ -83,9 +84,10 @@ pub struct Lanes {
 }
 
 impl SendLane {
-    pub fn new(depth: u32) -> Self {
-        let results = std::iter::repeat_with(SendResult::default).take(depth as usize).collect();
-        SendLane { results, begun: AtomicU32::new(0), done: AtomicU32::new(0), polled: AtomicU32::new(0) }
+    pub fn new(depth: u32, lender: Option<&Arc<dyn Lender>>) -> Result<Self> {
+        let results = Array::new(depth as usize, lender, Purpose::SendQueue)?;
+        let (begun, done, polled) = (AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
+        Ok(SendLane { results, begun, done, polled })
     }
 
     fn slot(&self, seq: u32) -> &SendResult {
@@ -166,9 +168,9 @@ impl SendLane {
 }
 
 impl RecvLane {
-    pub fn new(slots: View<RecvSlot>) -> Self {
-        let private = std::iter::repeat_with(PrivateRecv::default).take(slots.len()).collect();
-        RecvLane { slots, private, posted: AtomicU32::new(0), polled: AtomicU32::new(0) }
+    pub fn new(slots: View<RecvSlot>, lender: Option<&Arc<dyn Lender>>) -> Result<Self> {
+        let private = Array::new(slots.len(), lender, Purpose::ReceiveQueue)?;
+        Ok(RecvLane { slots, private, posted: AtomicU32::new(0), polled: AtomicU32::new(0) })
     }
 
     pub fn ring(&self) -> RqShared<'_> {
@@ -177,7 +179,7 @@ impl RecvLane {
 
     /// The tickets of a QP whose receives are elsewhere.
     pub fn tickets(slots: View<RecvSlot>) -> Self {
-        RecvLane { slots, private: Box::default(), posted: AtomicU32::new(0), polled: AtomicU32::new(0) }
+        RecvLane { slots, private: Array::default(), posted: AtomicU32::new(0), polled: AtomicU32::new(0) }
     }
 
     fn slot(&self, seq: u32) -> &PrivateRecv {
@@ -455,8 +457,9 @@ mod tests {
         let fd = make_memfd("lanes", 8192).expect("memfd");
         let map = Arc::new(Mapping::new(fd, 0, 8192, true).expect("mapping"));
         let shared = View::new(Arc::clone(&map), 0, 1).expect("header");
-        let recv = RecvLane::new(View::new(map, 4096, DEPTH).expect("slots"));
-        let lanes = Lanes::new(QpType::Rc, shared, SendLane::new(4), recv, None, Weak::new());
+        let recv = RecvLane::new(View::new(map, 4096, DEPTH).expect("slots"), None).expect("receives");
+        let send = SendLane::new(4, None).expect("results");
+        let lanes = Lanes::new(QpType::Rc, shared, send, recv, None, Weak::new());
         lanes.set_state(QpState::Rts);
         lanes
     }

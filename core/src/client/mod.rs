@@ -19,6 +19,7 @@ mod link;
 mod lock;
 mod mcast;
 pub mod mem;
+mod moderation;
 mod mw;
 mod null_mr;
 mod path;

@@ -12,7 +12,7 @@ use crate::ctl::{CreateSrq, DestroySrq};
 use crate::error::{Error, Result};
 use crate::exec::LocalTable;
 use crate::ring::{RecvSlot, RqShared, SrqRing, SrqShared};
-use crate::shm::View;
+use crate::shm::{Array, Lender, Purpose, View, prefetch_for_write};
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::verbs::{QpCaps, QpType, Sge, Wc, limits};
 
@@ -49,8 +49,8 @@ pub struct Srq {
     shared: View<SrqShared>,
     slots: View<RecvSlot>,
     /// What its owner remembers of the receive in each slot; `busy` from post until its completion is polled.
-    private: Box<[PrivateRecv]>,
-    busy: Box<[AtomicBool]>,
+    private: Array<PrivateRecv>,
+    busy: Array<AtomicBool>,
     /// Receives posted, written under the posting lock, and those of them that were polled.
     posted: AtomicU32,
     freed: AtomicU32,
@@ -65,6 +65,15 @@ pub struct Srq {
 impl Pd {
     /// ibv_create_srq(3), ibv_create_srq_ex(3).
     pub fn create_srq(self: &Arc<Self>, init: SrqInit) -> Result<Arc<Srq>> {
+        self.create_srq_in(init, None)
+    }
+
+    /// The same, with its private memory from `lender`.
+    pub fn create_srq_in(
+        self: &Arc<Self>,
+        init: SrqInit,
+        lender: Option<&Arc<dyn Lender>>,
+    ) -> Result<Arc<Srq>> {
         let context = self.context();
         let limit = context.limits().max_qp_wr;
         if init.max_wr == 0 || init.max_wr > limit || init.max_sge > limits::SGE || init.limit > init.max_wr {
@@ -74,7 +83,7 @@ impl Pd {
         let header = size_of::<SrqShared>().next_multiple_of(align_of::<RecvSlot>()) as u64;
         let len = header + u64::from(depth) * size_of::<RecvSlot>() as u64;
         let block = context.slabs.allocate(&context.conn, BlockKind::Srq, len)?;
-        let made = self.build_srq(&init, &block, depth, header);
+        let made = self.build_srq(&init, &block, depth, header, lender);
         if made.is_err() {
             context.slabs.free(block);
         }
@@ -87,12 +96,15 @@ impl Pd {
         block: &Block,
         depth: u32,
         header: u64,
+        lender: Option<&Arc<dyn Lender>>,
     ) -> Result<Arc<Srq>> {
         let context = self.context();
         let no_room = || Error::NoRoom("queue memory");
         let shared = View::<SrqShared>::new(Arc::clone(&block.map), block.offset, 1).ok_or_else(no_room)?;
         let slots = View::<RecvSlot>::new(Arc::clone(&block.map), block.offset + header, depth as usize);
         let slots = slots.ok_or_else(no_room)?;
+        let private = Array::new(depth as usize, lender, Purpose::SharedReceiveQueue)?;
+        let busy = Array::new(depth as usize, lender, Purpose::SharedReceiveQueue)?;
         shared[0].reset();
         RqShared::new(&slots).clear();
         let mut request = CreateSrq {
@@ -127,8 +139,8 @@ impl Pd {
             block: block.clone(),
             shared,
             slots,
-            private: std::iter::repeat_with(PrivateRecv::default).take(depth as usize).collect(),
-            busy: std::iter::repeat_with(AtomicBool::default).take(depth as usize).collect(),
+            private,
+            busy,
             posted: AtomicU32::new(0),
             freed: AtomicU32::new(0),
             posting: Lock::default(),
@@ -238,6 +250,8 @@ impl Srq {
         self.private[slot].set(wr_id, sges);
         self.ring().post(*next, sges);
         *next = next.wrapping_add(1);
+        // The next one's slot is free as a rule, and in the cache of whoever took it last.
+        self.ring().slots.state_word(*next).inspect(|word| prefetch_for_write(*word));
     }
 
     /// Sends of peers wait, each in its own queue, and have left word at their QPs.

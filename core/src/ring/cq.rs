@@ -2,6 +2,9 @@
 //!
 //! The arm handshake. A sender completes its slot, then looks at `flags`; the owner arms `flags`, then polls again.
 //! Both sides put a sequentially consistent fence between store and load, so at least one of them sees the other.
+//!
+//! Of a moderated CQ only every so many completions wake somebody. Completers count; the first of them rings nevertheless, so
+//! that the owner can end the wait after a while (`held`).
 
 use crate::sync::{AtomicU32, AtomicU64, Ordering, asym, fence};
 
@@ -17,14 +20,23 @@ const MAPPED: u32 = 8;
 /// Nobody sleeps on this CQ, and its owner has the heavy fences of [`asym`]: completers need none.
 const QUIET: u32 = 16;
 
+/// Completers count completions: not each wakes somebody.
+const MODERATED: u32 = 32;
+/// There are fewer completions than make an event, and the owner was told so.
+const HELD: u32 = 64;
+
 /// Shared header of a completion queue.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct CqShared {
     flags: AtomicU32,
-    _pad: [u32; 15],
+    /// Owner: of a moderated CQ, how many completions make an event; 0: no number does.
+    every: AtomicU32,
+    /// Completers, of a moderated CQ that is armed: completions since its last event.
+    counted: AtomicU32,
+    _pad: [u32; 13],
+    /// One line with the words of the first QPs: completers write both.
     summary: AtomicU64,
-    _pad2: [u64; 7],
     words: [AtomicU64; 64],
 }
 
@@ -32,9 +44,10 @@ impl Default for CqShared {
     fn default() -> Self {
         CqShared {
             flags: AtomicU32::new(0),
-            _pad: [0; 15],
+            every: AtomicU32::new(0),
+            counted: AtomicU32::new(0),
+            _pad: [0; 13],
             summary: AtomicU64::new(0),
-            _pad2: [0; 7],
             words: std::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
@@ -95,15 +108,74 @@ impl CqShared {
 
     fn wake(&self, solicited: bool) -> Ring {
         let wanted = if solicited { ARMED | ARMED_SOLICITED } else { ARMED };
+        let flags = self.flags.load(Ordering::Relaxed);
+        if flags & wanted != 0 && flags & MODERATED != 0 && !self.counts_up() {
+            return self.hold(wanted);
+        }
+        self.ring(wanted)
+    }
+
+    /// Whoever finds one of `wanted` has the owner woken.
+    fn ring(&self, wanted: u32) -> Ring {
         let mut flags = self.flags.load(Ordering::Relaxed);
         while flags & wanted != 0 {
-            let rung = (flags & !(ARMED | ARMED_SOLICITED)) | RUNG;
+            let rung = (flags & !(ARMED | ARMED_SOLICITED | HELD)) | RUNG;
             match self.flags.compare_exchange_weak(flags, rung, Ordering::AcqRel, Ordering::Relaxed) {
                 Ok(_) => return Ring::Bell,
                 Err(now) => flags = now,
             }
         }
         Ring::No
+    }
+
+    /// Counts a completion: does it make the event?
+    #[cold]
+    fn counts_up(&self) -> bool {
+        let every = self.every.load(Ordering::Relaxed);
+        let counted = self.counted.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let enough = every != 0 && counted >= every;
+        if enough {
+            self.counted.store(0, Ordering::Relaxed);
+        }
+        enough
+    }
+
+    /// The first of those that make no event tells the owner, which waits for more for a while.
+    #[cold]
+    fn hold(&self, wanted: u32) -> Ring {
+        let mut flags = self.flags.load(Ordering::Relaxed);
+        while flags & wanted != 0 && flags & HELD == 0 {
+            match self.flags.compare_exchange_weak(flags, flags | HELD, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return Ring::Bell,
+                Err(now) => flags = now,
+            }
+        }
+        Ring::No
+    }
+
+    /// Owner: from now on `every` completions make an event (0: no number does, only [`CqShared::release`]). None: each does.
+    pub fn moderate(&self, every: Option<u32>) {
+        self.every.store(every.unwrap_or(0), Ordering::Relaxed);
+        self.counted.store(0, Ordering::Relaxed);
+        if every.is_some() {
+            self.flags.fetch_or(MODERATED, Ordering::AcqRel);
+        } else {
+            self.flags.fetch_and(!MODERATED, Ordering::AcqRel);
+        }
+    }
+
+    /// Owner: are there completions that have made no event yet, of an armed CQ?
+    pub fn is_held(&self) -> bool {
+        self.flags.load(Ordering::Acquire) & HELD != 0
+    }
+
+    /// Owner: it has waited long enough; what is held makes an event.
+    pub fn release(&self) -> Ring {
+        if !self.is_held() {
+            return Ring::No;
+        }
+        self.counted.store(0, Ordering::Relaxed);
+        self.ring(ARMED | ARMED_SOLICITED)
     }
 
     /// Owner: the next completion (or solicited one) rings. The caller's program polls again afterwards, as verbs demand.
@@ -122,7 +194,7 @@ impl CqShared {
 
     /// Owner: it looks by itself now. Who has taken the mark before rings nevertheless.
     pub fn disarm(&self) {
-        self.flags.fetch_and(!(ARMED | ARMED_SOLICITED), Ordering::Relaxed);
+        self.flags.fetch_and(!(ARMED | ARMED_SOLICITED | HELD), Ordering::Relaxed);
     }
 
     /// Owner: is something marked?
@@ -146,6 +218,8 @@ impl CqShared {
     pub fn reset(&self, sleeps: bool) {
         let quiet = if !sleeps && asym::works() { QUIET } else { 0 };
         self.flags.store(quiet, Ordering::Relaxed);
+        self.every.store(0, Ordering::Relaxed);
+        self.counted.store(0, Ordering::Relaxed);
         self.summary.store(0, Ordering::Relaxed);
         for word in &self.words {
             word.store(0, Ordering::Relaxed);
@@ -212,6 +286,41 @@ mod tests {
         assert_eq!(cq.completed(None, true), Ring::Bell);
         cq.arm(false);
         assert_eq!(cq.completed(None, true), Ring::Bell);
+    }
+
+    #[test]
+    fn so_many_completions_ring_once() {
+        let cq = CqShared::default();
+        cq.moderate(Some(3));
+        assert_eq!(cq.completed(None, false), Ring::No, "nobody waits");
+        cq.arm(false);
+        for _ in 0..2 {
+            assert_eq!(cq.completed(None, false), Ring::Bell, "the first tells the owner");
+            assert!(cq.is_held() && !cq.is_rung());
+            assert_eq!(cq.completed(None, false), Ring::No);
+            assert_eq!(cq.completed(None, false), Ring::Bell);
+            assert!(cq.take_rung() && !cq.is_held());
+            assert_eq!(cq.completed(None, false), Ring::No, "not armed, not counted");
+            cq.arm(false);
+        }
+        cq.moderate(None);
+        assert_eq!(cq.completed(None, false), Ring::Bell);
+        assert!(cq.take_rung());
+    }
+
+    #[test]
+    fn what_is_held_rings_when_the_owner_has_waited() {
+        let cq = CqShared::default();
+        cq.moderate(Some(0));
+        cq.arm(true);
+        assert_eq!(cq.release(), Ring::No);
+        assert_eq!(cq.completed(None, false), Ring::No, "not what it waits for");
+        assert_eq!(cq.completed(None, true), Ring::Bell);
+        (0..9).for_each(|_| assert_eq!(cq.completed(None, true), Ring::No));
+        assert!(!cq.is_rung());
+        assert_eq!(cq.release(), Ring::Bell);
+        assert!(cq.take_rung());
+        assert_eq!(cq.release(), Ring::No);
     }
 
     #[test]

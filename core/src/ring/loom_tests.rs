@@ -199,6 +199,29 @@ fn loom_no_wake_up_is_lost() {
     model(no_wake_up_is_lost_to_a_send);
 }
 
+/// Of a moderated CQ: two senders complete, and the owner ends the wait at any moment. Either the event is made, or it is held
+/// back, and the owner was told so.
+fn no_moderated_event_is_lost(every: u32) {
+    let cq = Arc::new(CqShared::default());
+    cq.moderate(Some(every));
+    cq.arm(false);
+    let senders = [1, 2].map(|_| {
+        let other = Arc::clone(&cq);
+        thread::spawn(move || other.completed(None, false) == Ring::Bell)
+    });
+    let ended = cq.release() == Ring::Bell;
+    let told = senders.map(|sender| sender.join().expect("sender"));
+    assert!(told.contains(&true), "the owner was told nothing");
+    assert!(cq.is_rung() || cq.is_held(), "the owner would sleep on completions");
+    assert!(cq.is_rung() || !ended && every > 2, "two completions make an event");
+}
+
+#[test]
+fn loom_no_moderated_event_is_lost() {
+    model(|| no_moderated_event_is_lost(2));
+    model(|| no_moderated_event_is_lost(3));
+}
+
 fn a_waiting_sender_is_told() {
     let queue = Queue::new(1);
     let other = Arc::clone(&queue);

@@ -5,6 +5,7 @@
 
 mod bell;
 mod copy;
+mod lent;
 mod mapping;
 mod memfd;
 mod windows;
@@ -13,6 +14,7 @@ pub use bell::{Bell, hush, make_bell};
 pub use copy::{
     LocalBytes, SharedBytes, atomic_word, copy_in, copy_out, prefetch_for_read, prefetch_for_write,
 };
+pub use lent::{Array, Lender, Loan, Purpose};
 pub use mapping::{Mapping, Shared, View};
 pub use memfd::{is_sealed_memfd, make_memfd, make_owned_memfd, reopen_read_only, seal_for_owner};
 pub use windows::PdMemoryView;

@@ -3,7 +3,7 @@
 use crate::guard;
 use crate::imports::Exports;
 use crate::object::{Live, Object};
-use crate::{cq, device, dm, mr, mw, pd, post, qp, query, srq, unsupported};
+use crate::{cq, device, dm, mr, mw, pd, post, qp, query, srq, unsupported, xrc};
 use freeflow_core::client;
 use freeflow_verbs_abi::*;
 use std::ffi::{c_int, c_void};
@@ -16,6 +16,8 @@ pub struct Rust {
     pub core: Arc<client::Context>,
     pub live: Arc<Live>,
     pub exports: Arc<Exports>,
+    /// XRC domains that files name.
+    pub domains: xrc::Domains,
     /// Names the device for import; the program has its number.
     _cmd_fd: OwnedFd,
 }
@@ -52,8 +54,8 @@ pub fn create(
     verbs.create_qp_ex = Some(qp::create_ex);
     verbs.create_srq_ex = Some(srq::create_ex);
     verbs.get_srq_num = Some(srq::number);
-    verbs.open_xrcd = Some(srq::open_xrcd);
-    verbs.close_xrcd = Some(srq::close_xrcd);
+    verbs.open_xrcd = Some(xrc::open_xrcd);
+    verbs.close_xrcd = Some(xrc::close_xrcd);
     verbs.open_qp = Some(qp::open);
     verbs.modify_cq = Some(cq::modify);
     verbs.query_rt_values = Some(query::rt_values);
@@ -73,7 +75,10 @@ pub fn create(
     context.num_comp_vectors = 1;
     context.mutex = libc::PTHREAD_MUTEX_INITIALIZER;
     context.abi_compat = VERBS_ABI_IS_EXTENDED;
-    let whole = Context::alloc(verbs, Rust { core, live, exports, _cmd_fd: cmd_fd });
+    let whole = Context::alloc(
+        verbs,
+        Rust { core, live, exports, domains: xrc::Domains::default(), _cmd_fd: cmd_fd },
+    );
     // SAFETY: the ibv_context is this far into it.
     unsafe { whole.byte_add(CONTEXT_OFFSET) }.cast()
 }

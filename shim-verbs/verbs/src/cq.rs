@@ -11,6 +11,7 @@ use std::ffi::{c_int, c_void};
 use std::mem::zeroed;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 pub struct Rust {
     pub core: Arc<client::Cq>,
@@ -148,15 +149,18 @@ pub unsafe extern "C" fn ibv_resize_cq(cq: *mut ibv_cq, cqe: c_int) -> c_int {
     })
 }
 
-/// Behind the inline ibv_modify_cq. An event for each completion is all there is (`cq_mod_caps` say so): no moderation.
-pub unsafe extern "C" fn modify(_: *mut ibv_cq, attr: *mut ibv_modify_cq_attr) -> c_int {
+/// Behind the inline ibv_modify_cq.
+pub unsafe extern "C" fn modify(cq: *mut ibv_cq, attr: *mut ibv_modify_cq_attr) -> c_int {
     guard::code(|| {
         // SAFETY: the program passes its attributes.
         let attr = unsafe { &*attr };
         if attr.attr_mask != IBV_CQ_ATTR_MODERATE {
             return Err(EINVAL);
         }
-        if attr.moderate.cq_count > 1 || attr.moderate.cq_period > 0 { Err(EOPNOTSUPP) } else { Ok(()) }
+        let ibv_moderate_cq { cq_count, cq_period } = attr.moderate;
+        // SAFETY: called with a live CQ.
+        let core = unsafe { &Cq::of(cq).rust.core };
+        Ok(core.moderate(cq_count, Duration::from_micros(cq_period.into()))?)
     })
 }
 

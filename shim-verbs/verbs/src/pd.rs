@@ -1,7 +1,8 @@
 //! Protection domains, and the thread and parent domains that stand for them.
 
 use crate::context::Context;
-use crate::guard::{self, EINVAL};
+use crate::guard::{self, EINVAL, Result};
+use crate::lend::{Allocators, Loans};
 use crate::object::{Live, Object, Users, next_handle};
 use freeflow_core::client;
 use freeflow_verbs_abi::*;
@@ -18,26 +19,35 @@ pub struct Rust {
     /// Of a parent domain: the PD and the thread domain it was made with.
     parent: *mut ibv_pd,
     thread: *mut ibv_td,
+    /// And what it lends to queues.
+    allocators: Option<Allocators>,
 }
 
 pub type Pd = Object<ibv_pd, Rust>;
 
+impl Pd {
+    /// For one more queue: what this domain lends, if it does.
+    pub fn loans(&self) -> Option<Arc<Loans>> {
+        self.rust.allocators.map(|allocators| Loans::new(self.c(), allocators))
+    }
+}
+
 /// The C side of a PD.
 pub fn create(context: *mut ibv_context, core: Arc<client::Pd>, handle: u32) -> *mut ibv_pd {
-    wrap(context, core, handle, ptr::null_mut(), ptr::null_mut())
+    wrap(context, core, handle, (ptr::null_mut(), ptr::null_mut()), None)
 }
 
 fn wrap(
     context: *mut ibv_context,
     core: Arc<client::Pd>,
     handle: u32,
-    parent: *mut ibv_pd,
-    thread: *mut ibv_td,
+    (parent, thread): (*mut ibv_pd, *mut ibv_td),
+    allocators: Option<Allocators>,
 ) -> *mut ibv_pd {
     // SAFETY: callers pass a live context.
     let live = Arc::clone(&unsafe { Context::of_ibv(context) }.rust.live);
     let users = Users::default();
-    Pd::alloc(ibv_pd { context, handle }, Rust { core, users, live, parent, thread })
+    Pd::alloc(ibv_pd { context, handle }, Rust { core, users, live, parent, thread, allocators })
 }
 
 /// # Safety
@@ -106,8 +116,19 @@ pub unsafe extern "C" fn dealloc_td(td: *mut ibv_td) -> c_int {
     })
 }
 
-/// Behind the inline ibv_alloc_parent_domain: another name for a PD. The program's allocators are for buffers of the
-/// provider's; queues here lie in memory that the router made and that peers map, so they are never called.
+/// The allocators that attributes name; None: it names none.
+fn allocators(attr: &ibv_parent_domain_init_attr) -> Result<Option<Allocators>> {
+    if attr.comp_mask & IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS == 0 {
+        return Ok(None);
+    }
+    let named = attr.comp_mask & IBV_PARENT_DOMAIN_INIT_ATTR_PD_CONTEXT != 0;
+    let context = if named { attr.pd_context } else { ptr::null_mut() };
+    let (alloc, free) = attr.alloc.zip(attr.free).ok_or(EINVAL)?;
+    Ok(Some(Allocators { alloc, free, context }))
+}
+
+/// Behind the inline ibv_alloc_parent_domain: another name for a PD. Its allocators lend the private memory of queue pairs and
+/// shared receive queues; what peers map is in memory that the router made, and a completion queue has no other.
 pub unsafe extern "C" fn alloc_parent_domain(
     context: *mut ibv_context,
     attr: *mut ibv_parent_domain_init_attr,
@@ -116,13 +137,10 @@ pub unsafe extern "C" fn alloc_parent_domain(
         // SAFETY: the program passes its attributes.
         let attr = unsafe { &*attr };
         let known = IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS | IBV_PARENT_DOMAIN_INIT_ATTR_PD_CONTEXT;
-        let allocators = attr.comp_mask & IBV_PARENT_DOMAIN_INIT_ATTR_ALLOCATORS != 0;
-        if attr.pd.is_null()
-            || attr.comp_mask & !known != 0
-            || (allocators && (attr.alloc.is_none() || attr.free.is_none()))
-        {
+        if attr.pd.is_null() || attr.comp_mask & !known != 0 {
             return Err(EINVAL);
         }
+        let allocators = allocators(attr)?;
         // SAFETY: the program names a live PD.
         let parent = unsafe { Pd::of(attr.pd) };
         parent.rust.users.add();
@@ -133,6 +151,6 @@ pub unsafe extern "C" fn alloc_parent_domain(
         let core = Arc::clone(&parent.rust.core);
         // SAFETY: a field of a live C structure.
         let handle = unsafe { (*attr.pd).handle };
-        Ok(wrap(context, core, handle, attr.pd, attr.td))
+        Ok(wrap(context, core, handle, (attr.pd, attr.td), allocators))
     })
 }

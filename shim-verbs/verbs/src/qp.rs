@@ -4,15 +4,18 @@ use crate::context::Context;
 use crate::convert::{caps_from_c, caps_to_c, mask_from_c, qp_attr_from_c, qp_attr_to_c};
 use crate::cq::Cq;
 use crate::guard::{self, EBUSY, EINVAL, EOPNOTSUPP, Result};
-use crate::object::{Acks, Delivered, Live, Object, Users};
+use crate::lend::{Loans, with_loans};
+use crate::object::{Acks, Delivered, Live, Object, Reserved, Users};
 use crate::pd::Pd;
-use crate::srq::{Srq, Xrcd};
+use crate::srq::Srq;
 use crate::wr_builder::{self, Builder};
+use crate::xrc::{Target, Xrcd};
 use freeflow_core::client::{self, QpInit, Source};
+use freeflow_core::verbs::device::VENDOR_ID;
 use freeflow_core::verbs::{Gid, QpAttrMask, QpCaps, QpType};
 use freeflow_verbs_abi::*;
 use std::collections::HashSet;
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::mem::{size_of, zeroed};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -39,8 +42,10 @@ pub struct Rust {
     pub builder: Option<Builder>,
     /// Async events that the program got.
     pub async_events: Delivered,
-    /// Of XRC's target: its domain.
+    loans: Option<Arc<Loans>>,
+    /// Of XRC's target: its domain, and what its handles share.
     xrcd: *mut ibv_xrcd,
+    target: Option<Arc<Target>>,
     /// Multicast groups it is attached to.
     pub groups: Mutex<HashSet<Gid>>,
     live: Arc<Live>,
@@ -70,7 +75,7 @@ unsafe fn create_core(
     pd: *mut ibv_pd,
     init: &ibv_qp_init_attr,
     cookie: u64,
-) -> Result<Arc<client::Qp>> {
+) -> Result<(Arc<client::Qp>, Option<Arc<Loans>>)> {
     let receives_nothing = kind == QpType::XrcSend;
     if pd.is_null() || init.send_cq.is_null() || (init.recv_cq.is_null() && !receives_nothing) {
         return Err(EINVAL);
@@ -88,7 +93,7 @@ unsafe fn create_core(
     }
     // SAFETY: the caller's promise.
     let domain = unsafe { Pd::of(pd) };
-    Ok(domain.rust.core.create_qp(QpInit {
+    let init = QpInit {
         kind,
         send_cq: Arc::clone(&send.rust.core),
         recv_cq: Arc::clone(&recv.rust.core),
@@ -96,7 +101,8 @@ unsafe fn create_core(
         sq_sig_all: init.sq_sig_all != 0,
         receives: srq.map(|srq| Source::Queue(Arc::clone(&srq.rust.core))),
         cookie,
-    })?)
+    };
+    Ok(with_loans(domain.loans(), |lender| domain.rust.core.create_qp_in(init, lender))?)
 }
 
 /// Counts a QP as a user of what it was made from, or not any more.
@@ -135,33 +141,24 @@ unsafe fn create(
 ) -> Result<*mut ibv_qp> {
     let kind = QpType::try_from(init.qp_type).map_err(|_| EOPNOTSUPP)?;
     let place = Qp::reserve();
-    let core = if kind == QpType::XrcRecv {
+    if kind == QpType::XrcRecv {
         if xrcd.is_null() {
             return Err(EINVAL);
         }
         // SAFETY: the caller's promise.
-        unsafe { Xrcd::of(xrcd) }.rust.core.create_target(place.cookie())?
-    } else {
+        let target = unsafe { Xrcd::of(xrcd) }.rust.domain.create_target(place.cookie())?;
+        init.cap = caps_to_c(&target.core.caps());
         // SAFETY: the caller's promise.
-        unsafe { create_core(kind, pd, init, place.cookie()) }?
-    };
+        return Ok(unsafe { fill_target(place, context, xrcd, target, init.qp_context) });
+    }
+    // SAFETY: the caller's promise.
+    let (core, loans) = unsafe { create_core(kind, pd, init, place.cookie()) }?;
     let caps = core.caps();
     init.cap = caps_to_c(&caps);
-    // SAFETY: integers, nullable pointers and functions: all zeroes is valid.
-    let mut c: Extended = unsafe { zeroed() };
+    let mut c = c_part(&core, context, init.qp_context);
     let base = &mut c.ex.qp_base;
-    base.context = context;
-    base.qp_context = init.qp_context;
-    if kind != QpType::XrcRecv {
-        (base.pd, base.send_cq, base.srq) = (pd, init.send_cq, init.srq);
-        base.recv_cq = if kind == QpType::XrcSend { std::ptr::null_mut() } else { init.recv_cq };
-    }
-    base.handle = core.qpn();
-    base.qp_num = core.qpn();
-    base.state = IBV_QPS_RESET;
-    base.qp_type = init.qp_type;
-    base.mutex = libc::PTHREAD_MUTEX_INITIALIZER;
-    base.cond = libc::PTHREAD_COND_INITIALIZER;
+    (base.pd, base.send_cq, base.srq) = (pd, init.send_cq, init.srq);
+    base.recv_cq = if kind == QpType::XrcSend { std::ptr::null_mut() } else { init.recv_cq };
     // SAFETY: the caller's promise: these are what the QP is made from.
     unsafe { count(base, xrcd, Users::add) };
     if send_ops.is_some() {
@@ -170,12 +167,71 @@ unsafe fn create(
     }
     let builder = send_ops.map(|ops| Builder::new(&caps, ops));
     // SAFETY: the caller's promise.
-    let live = Arc::clone(&unsafe { Context::of_ibv(context) }.rust.live);
-    live.insert(place.cookie());
+    let live = unsafe { enter_live(context, place.cookie()) };
     let (sq_sig_all, async_events) = (init.sq_sig_all != 0, Delivered::default());
-    let groups = Mutex::default();
-    let qp = place.fill(c, Rust { core, kind, caps, sq_sig_all, builder, async_events, xrcd, groups, live });
-    Ok(qp.cast())
+    let (groups, target) = (Mutex::default(), None);
+    let rust =
+        Rust { core, kind, caps, sq_sig_all, builder, async_events, loans, xrcd, target, groups, live };
+    Ok(place.fill(c, rust).cast())
+}
+
+/// The C side of a QP, but for what it was made from.
+fn c_part(core: &client::Qp, context: *mut ibv_context, qp_context: *mut c_void) -> Extended {
+    // SAFETY: integers, nullable pointers and functions: all zeroes is valid.
+    let mut c: Extended = unsafe { zeroed() };
+    let base = &mut c.ex.qp_base;
+    base.context = context;
+    base.qp_context = qp_context;
+    base.handle = core.qpn();
+    base.qp_num = core.qpn();
+    base.state = core.state() as u32;
+    base.qp_type = core.kind() as u32;
+    base.mutex = libc::PTHREAD_MUTEX_INITIALIZER;
+    base.cond = libc::PTHREAD_COND_INITIALIZER;
+    c
+}
+
+/// From now on the QP may have events.
+///
+/// # Safety
+/// `context` is a live one of this library.
+unsafe fn enter_live(context: *mut ibv_context, cookie: u64) -> Arc<Live> {
+    // SAFETY: the caller's promise.
+    let live = Arc::clone(&unsafe { Context::of_ibv(context) }.rust.live);
+    live.insert(cookie);
+    live
+}
+
+/// One handle of XRC's target.
+///
+/// # Safety
+/// `context` and `xrcd` are live ones of this library.
+unsafe fn fill_target(
+    place: Reserved<Extended, Rust>,
+    context: *mut ibv_context,
+    xrcd: *mut ibv_xrcd,
+    target: Arc<Target>,
+    qp_context: *mut c_void,
+) -> *mut ibv_qp {
+    let core = Arc::clone(&target.core);
+    let c = c_part(&core, context, qp_context);
+    // SAFETY: the caller's promise.
+    unsafe { count(&c.ex.qp_base, xrcd, Users::add) };
+    let rust = Rust {
+        kind: core.kind(),
+        caps: core.caps(),
+        core,
+        sq_sig_all: false,
+        builder: None,
+        async_events: Delivered::default(),
+        loans: None,
+        xrcd,
+        target: Some(target),
+        groups: Mutex::default(),
+        // SAFETY: the caller's promise.
+        live: unsafe { enter_live(context, place.cookie()) },
+    };
+    place.fill(c, rust).cast()
 }
 
 /// # Safety
@@ -225,9 +281,28 @@ pub unsafe extern "C" fn create_ex(context: *mut ibv_context, init: *mut ibv_qp_
     })
 }
 
-/// Behind the inline ibv_open_qp: an XRC domain, and so its targets, are their process's alone.
-pub unsafe extern "C" fn open(_: *mut ibv_context, _: *mut ibv_qp_open_attr) -> *mut ibv_qp {
-    guard::pointer(|| Err(EOPNOTSUPP))
+/// Behind the inline ibv_open_qp: one more handle of a target of an XRC domain.
+pub unsafe extern "C" fn open(context: *mut ibv_context, attr: *mut ibv_qp_open_attr) -> *mut ibv_qp {
+    guard::pointer(|| {
+        // SAFETY: the program passes its attributes.
+        let attr = unsafe { &*attr };
+        let needed = IBV_QP_OPEN_ATTR_NUM | IBV_QP_OPEN_ATTR_XRCD | IBV_QP_OPEN_ATTR_TYPE;
+        let known = needed | IBV_QP_OPEN_ATTR_CONTEXT;
+        if attr.comp_mask & needed != needed || attr.comp_mask & !known != 0 || attr.xrcd.is_null() {
+            return Err(EINVAL);
+        }
+        if attr.qp_type != IBV_QPT_XRC_RECV {
+            return Err(EINVAL);
+        }
+        let named = attr.comp_mask & IBV_QP_OPEN_ATTR_CONTEXT != 0;
+        let qp_context = if named { attr.qp_context } else { std::ptr::null_mut() };
+        let place = Qp::reserve();
+        // SAFETY: the program names a live domain.
+        let domain = &unsafe { Xrcd::of(attr.xrcd) }.rust.domain;
+        let target = domain.open_target(attr.qp_num, place.cookie())?;
+        // SAFETY: called through a live context, with a live domain.
+        Ok(unsafe { fill_target(place, context, attr.xrcd, target, qp_context) })
+    })
 }
 
 /// The extended interface of a QP that was made with send_ops_flags, else NULL.
@@ -312,35 +387,53 @@ pub unsafe extern "C" fn ibv_destroy_qp(qp: *mut ibv_qp) -> c_int {
         if !pair.rust.groups.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
             return Err(EBUSY);
         }
-        let xrcd = pair.rust.xrcd;
+        let (xrcd, loans) = (pair.rust.xrcd, pair.rust.loans.clone());
         pair.rust.live.remove(qp as u64);
-        pair.rust.core.close();
+        match &pair.rust.target {
+            Some(target) => target.close(qp as u64),
+            None => pair.rust.core.close(),
+        }
         pair.acks().wait(&pair.rust.async_events);
         // SAFETY: the C API forbids any use after this.
         unsafe { Qp::free(qp) };
+        loans.inspect(|loans| loans.settle());
         // SAFETY: a QP keeps what it was made from alive.
         unsafe { count(&base, xrcd, Users::sub) };
         Ok(())
     })
 }
 
-/// Bytes of a message may become visible in any order.
+/// Bytes of a message may become visible in any order: memcpy has none.
 pub extern "C" fn ibv_query_qp_data_in_order(_: *mut ibv_qp, _: ibv_wr_opcode, _: u32) -> c_int {
     0
 }
 
-/// There are no vendor options: the answer is an empty set.
-///
+/// Enhanced connection establishment: what two devices of this vendor may agree on. They have no options yet.
+const ECE: ibv_ece = ibv_ece { vendor_id: VENDOR_ID, options: 0, comp_mask: 0 };
+
 /// # Safety
 /// `ece` has room, as the C prototype demands.
 pub unsafe extern "C" fn ibv_query_ece(_: *mut ibv_qp, ece: *mut ibv_ece) -> c_int {
     guard::code(|| {
         // SAFETY: the caller's promise.
-        unsafe { ece.write(ibv_ece { vendor_id: 0, options: 0, comp_mask: 0 }) };
-        Err(EOPNOTSUPP)
+        unsafe { ece.write(ECE) };
+        Ok(())
     })
 }
 
-pub extern "C" fn ibv_set_ece(_: *mut ibv_qp, _: *mut ibv_ece) -> c_int {
-    guard::code(|| Err(EOPNOTSUPP))
+/// Options of another vendor mean nothing here. Of this vendor's those that are known are accepted, and the answer says which.
+///
+/// # Safety
+/// `ece` points to options, as the C prototype demands.
+pub unsafe extern "C" fn ibv_set_ece(_: *mut ibv_qp, ece: *mut ibv_ece) -> c_int {
+    guard::code(|| {
+        // SAFETY: the caller's promise.
+        let wished = unsafe { ece.read() };
+        if wished.vendor_id != VENDOR_ID || wished.comp_mask != 0 {
+            return Err(EINVAL);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { ece.write(ECE) };
+        Ok(())
+    })
 }

@@ -126,6 +126,7 @@ pub unsafe extern "C" fn device_ex(
             completion_timestamp_mask: u64::MAX,
             hca_core_clock: 1_000_000,
             max_dm_size: dm::MAX,
+            cq_mod_caps: ibv_cq_moderation_caps { max_cq_count: u16::MAX, max_cq_period: u16::MAX },
             ..none
         };
         // SAFETY: the caller has `size` bytes there.

@@ -1,11 +1,12 @@
-//! Shared receive queues and XRC domains.
+//! Shared receive queues, XRC's too.
 
-use crate::context::Context;
 use crate::cq::Cq;
 use crate::guard::{self, EINVAL, EOPNOTSUPP, Errno, Result};
+use crate::lend::{Loans, with_loans};
 use crate::object::{Acks, Delivered, Live, Object, Users};
 use crate::pd::Pd;
 use crate::post::sges;
+use crate::xrc::Xrcd;
 use freeflow_core::client::{self, SrqInit};
 use freeflow_verbs_abi::*;
 use std::ffi::c_int;
@@ -18,6 +19,7 @@ pub struct Rust {
     pub users: Users,
     /// Async events that the program got.
     pub async_events: Delivered,
+    loans: Option<Arc<Loans>>,
     live: Arc<Live>,
     /// Of XRC: the domain and the CQ it was made with.
     xrcd: *mut ibv_xrcd,
@@ -61,10 +63,10 @@ unsafe fn create(
     let core_xrc = xrc.map(|x| {
         // SAFETY: the caller's promise: an XRC queue has a CQ.
         let cq = unsafe { Cq::of(cq) };
-        (Arc::clone(&x.rust.core), Arc::clone(&cq.rust.core))
+        (Arc::clone(&x.rust.domain.core), Arc::clone(&cq.rust.core))
     });
     let init = SrqInit { max_wr, max_sge, limit: srq_limit, cookie: place.cookie(), xrc: core_xrc };
-    let core = domain.rust.core.create_srq(init)?;
+    let (core, loans) = with_loans(domain.loans(), |lender| domain.rust.core.create_srq_in(init, lender))?;
     attr.attr.max_wr = core.max_wr();
     attr.attr.max_sge = core.max_sge();
     // SAFETY: integers and nullable pointers: all zeroes is valid.
@@ -85,7 +87,7 @@ unsafe fn create(
     }
     let live = Arc::clone(&domain.rust.live);
     let (users, async_events) = (Users::default(), Delivered::default());
-    Ok(place.fill(c, Rust { core, users, async_events, live, xrcd, cq }))
+    Ok(place.fill(c, Rust { core, users, async_events, loans, live, xrcd, cq }))
 }
 
 /// # Safety
@@ -183,9 +185,10 @@ pub unsafe extern "C" fn ibv_destroy_srq(srq: *mut ibv_srq) -> c_int {
         queue.acks().wait(&queue.rust.async_events);
         // SAFETY: a field of a live C structure.
         let pd = unsafe { (*srq).pd };
-        let (xrcd, cq) = (queue.rust.xrcd, queue.rust.cq);
+        let (xrcd, cq, loans) = (queue.rust.xrcd, queue.rust.cq, queue.rust.loans.clone());
         // SAFETY: the C API forbids any use after this.
         unsafe { Srq::free(srq) };
+        loans.inspect(|loans| loans.settle());
         // SAFETY: a queue keeps its PD alive.
         unsafe { Pd::of(pd) }.rust.users.sub();
         if !xrcd.is_null() {
@@ -219,46 +222,4 @@ pub unsafe extern "C" fn post_recv(
         next = request.next;
     }
     0
-}
-
-/// An XRC domain.
-pub struct Domain {
-    pub core: Arc<client::Xrcd>,
-    /// Shared receive queues and targets.
-    pub users: Users,
-}
-
-pub type Xrcd = Object<ibv_xrcd, Domain>;
-
-/// Behind the inline ibv_open_xrcd. A domain is this process's own: the file that would share it with others is refused
-/// only where sharing is asked for (a domain that must exist already).
-pub unsafe extern "C" fn open_xrcd(
-    context: *mut ibv_context,
-    attr: *mut ibv_xrcd_init_attr,
-) -> *mut ibv_xrcd {
-    guard::pointer(|| {
-        // SAFETY: the program passes its attributes.
-        let attr = unsafe { &*attr };
-        let needed = IBV_XRCD_INIT_ATTR_FD | IBV_XRCD_INIT_ATTR_OFLAGS;
-        if attr.comp_mask & needed != needed || attr.comp_mask & !needed != 0 {
-            return Err(EINVAL);
-        }
-        if attr.oflags & libc::O_CREAT == 0 {
-            return Err(Errno(libc::ENOENT));
-        }
-        // SAFETY: called through a live context.
-        let device = unsafe { &Context::of_ibv(context).rust };
-        let core = device.core.open_xrcd()?;
-        Ok(Xrcd::alloc(ibv_xrcd { context }, Domain { core, users: Users::default() }))
-    })
-}
-
-pub unsafe extern "C" fn close_xrcd(xrcd: *mut ibv_xrcd) -> c_int {
-    guard::code(|| {
-        // SAFETY: called with a live domain.
-        unsafe { Xrcd::of(xrcd) }.rust.users.check_none()?;
-        // SAFETY: the C API forbids any use after this.
-        unsafe { Xrcd::free(xrcd) };
-        Ok(())
-    })
 }

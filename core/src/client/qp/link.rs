@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::exec::{LocalTable, Request};
 use crate::verbs::{QpState, SendFlags, WcStatus};
 
-use super::super::events::{AsyncEvent, AsyncKind};
+use super::super::events::AsyncKind;
 use super::super::link::LinkQueue;
 use super::super::stall::Stall;
 use super::Qp;
@@ -106,7 +106,7 @@ impl Qp {
         }
         if side.tell_drained && side.queue.is_idle() && self.state() == QpState::Sqd {
             side.tell_drained = false;
-            self.context().events.push(AsyncEvent { kind: AsyncKind::SqDrained, cookie: self.cookie });
+            self.push(AsyncKind::SqDrained);
         }
     }
 

@@ -19,8 +19,8 @@ use crate::ctl::{CreateQp, DestroyQp};
 use crate::error::{Error, Result};
 use crate::exec::Target;
 use crate::ring::{QpShared, RecvSlot};
-use crate::shm::View;
-use crate::sync::{AtomicBool, Ordering};
+use crate::shm::{Lender, View};
+use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use crate::verbs::{Gid, QpAttr, QpCaps, QpState, QpType, limits};
 
 use super::context::Context;
@@ -32,6 +32,7 @@ use super::pd::Pd;
 use super::peers::PeerQp;
 use super::slab::{Block, BlockKind};
 use super::tickets::{Source, Tickets};
+use queue::Queue;
 use send::SendSide;
 
 /// What a QP is made of; ibv_create_qp(3).
@@ -63,7 +64,7 @@ pub struct Qp {
     recv_bit: u32,
     caps: QpCaps,
     sq_sig_all: bool,
-    cookie: u64,
+    cookie: AtomicU64,
     block: Block,
     attr: Mutex<QpAttr>,
     send: Lock<SendSide>,
@@ -114,6 +115,11 @@ pub(super) fn receive_slots(max_recv_wr: u32, limit: u32) -> u32 {
 impl Pd {
     /// ibv_create_qp(3).
     pub fn create_qp(self: &Arc<Self>, init: QpInit) -> Result<Arc<Qp>> {
+        self.create_qp_in(init, None)
+    }
+
+    /// The same, with its private memory from `lender`.
+    pub fn create_qp_in(self: &Arc<Self>, init: QpInit, lender: Option<&Arc<dyn Lender>>) -> Result<Arc<Qp>> {
         let context = &self.context;
         check_caps(&init, context)?;
         let depth = match &init.receives {
@@ -123,24 +129,35 @@ impl Pd {
         let header = size_of::<QpShared>() as u64;
         let len = header + u64::from(depth) * size_of::<RecvSlot>() as u64;
         let block = context.slabs.allocate(&context.conn, BlockKind::Qp, len)?;
-        let made = self.build(&init, &block, depth, header);
+        let made = self.build(&init, &block, depth, header, lender);
         if made.is_err() {
             context.slabs.free(block);
         }
         made
     }
 
-    fn build(self: &Arc<Self>, init: &QpInit, block: &Block, depth: u32, header: u64) -> Result<Arc<Qp>> {
+    fn build(
+        self: &Arc<Self>,
+        init: &QpInit,
+        block: &Block,
+        depth: u32,
+        header: u64,
+        lender: Option<&Arc<dyn Lender>>,
+    ) -> Result<Arc<Qp>> {
         let context = &self.context;
         let no_room = || Error::NoRoom("queue memory");
         let shared = View::<QpShared>::new(Arc::clone(&block.map), block.offset, 1).ok_or_else(no_room)?;
         let slots = View::<RecvSlot>::new(Arc::clone(&block.map), block.offset + header, depth as usize);
         let slots = slots.ok_or_else(no_room)?;
         let tickets = init.receives.clone().map(Tickets::new);
-        let recv = if tickets.is_some() { RecvLane::tickets(slots) } else { RecvLane::new(slots) };
+        let recv = match &tickets {
+            Some(_) => RecvLane::tickets(slots),
+            None => RecvLane::new(slots, lender)?,
+        };
         recv.reset(&shared[0]);
         shared[0].reset();
-        let send = SendLane::new(init.caps.max_send_wr.max(1).next_power_of_two());
+        let send = SendLane::new(init.caps.max_send_wr.max(1).next_power_of_two(), lender)?;
+        let queue = Queue::new(&init.caps, lender)?;
         let one_cq = Arc::ptr_eq(&init.send_cq, &init.recv_cq);
         let mut refused = None;
         let qp = Arc::new_cyclic(|weak: &Weak<Qp>| {
@@ -168,7 +185,7 @@ impl Pd {
             }
             Qp {
                 pd: Arc::clone(self),
-                send: Lock::new(SendSide::new(&init.caps)),
+                send: Lock::new(SendSide::new(queue)),
                 lanes,
                 send_cq: Arc::clone(&init.send_cq),
                 recv_cq: Arc::clone(&init.recv_cq),
@@ -176,7 +193,7 @@ impl Pd {
                 recv_bit,
                 caps: init.caps,
                 sq_sig_all: init.sq_sig_all,
-                cookie: init.cookie,
+                cookie: AtomicU64::new(init.cookie),
                 block: block.clone(),
                 attr: Mutex::default(),
                 recv: Lock::default(),
@@ -306,7 +323,7 @@ impl Qp {
             self.tell_sender(dest); // it waits for a receive that does not come
         }
         if self.lanes.tickets.is_some() && self.kind() != QpType::Ud {
-            self.context().events.push(AsyncEvent { kind: AsyncKind::QpLastWqe, cookie: self.cookie });
+            self.push(AsyncKind::QpLastWqe);
         }
     }
 
@@ -315,15 +332,31 @@ impl Qp {
         if !self.state().receives() || !self.enter_error() {
             return;
         }
-        self.context().events.push(AsyncEvent { kind, cookie: self.cookie });
+        self.push(kind);
         if self.closed.load(Ordering::Acquire) {
-            self.context().events.withdraw(self.cookie); // destroyed meanwhile: the cookie may be another QP's soon
+            self.context().events.withdraw(self.cookie()); // destroyed meanwhile: the cookie may be another QP's soon
+        }
+    }
+
+    fn cookie(&self) -> u64 {
+        self.cookie.load(Ordering::Relaxed)
+    }
+
+    fn push(&self, kind: AsyncKind) {
+        self.context().events.push(AsyncEvent { kind, cookie: self.cookie() });
+    }
+
+    /// Asynchronous events come with this cookie from now on; those that wait with the former one are gone, as its owner is.
+    pub fn tell(&self, cookie: u64) {
+        let before = self.cookie.swap(cookie, Ordering::Relaxed);
+        if before != cookie {
+            self.context().events.withdraw(before);
         }
     }
 
     /// The first message came before the program moved to RTS: IBV_EVENT_COMM_EST, told when it is polled.
     pub(super) fn established(&self) {
-        self.context().events.push(AsyncEvent { kind: AsyncKind::CommEst, cookie: self.cookie });
+        self.push(AsyncKind::CommEst);
     }
 
     /// The peer's process died. A request that failed of it (the router found no memory to copy to) may have been faster
@@ -338,7 +371,7 @@ impl Qp {
         self.fail(AsyncKind::QpFatal);
         self.recv_cq.ring_again();
         if self.send_failed.swap(false, Ordering::AcqRel) && !self.closed.load(Ordering::Acquire) {
-            self.context().events.push(AsyncEvent { kind: AsyncKind::QpFatal, cookie: self.cookie });
+            self.push(AsyncKind::QpFatal);
         }
     }
 
@@ -435,7 +468,7 @@ impl Qp {
         if let Some(link) = link {
             link.free(context);
         }
-        context.events.withdraw(self.cookie);
+        context.events.withdraw(self.cookie());
         context.slabs.free(self.block.clone());
     }
 }

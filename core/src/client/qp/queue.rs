@@ -1,6 +1,10 @@
 //! Send requests not yet finished: private memory of the poster.
 
+use std::sync::Arc;
+
+use crate::error::Result;
 use crate::exec::{Request, Target};
+use crate::shm::{Array, Lender, Purpose};
 use crate::verbs::{QpCaps, SendFlags, SendOp, Sge};
 
 use super::send::SendWr;
@@ -32,14 +36,15 @@ impl Default for Wqe {
 }
 
 /// The waiting requests of a send queue, with copies of their lists and inline data. The memory for them comes with the first
-/// that waits: most queues never have one, and what many queues use all the time lies closer together without it.
+/// that waits: most queues never have one, and what many queues use all the time lies closer together without it. A lender is asked
+/// at once: it is the program's, which expects that where it makes the queue.
 #[derive(Debug)]
 pub struct Queue {
     depth: usize,
-    wqes: Box<[Wqe]>,
-    sges: Box<[Sge]>,
+    wqes: Array<Wqe>,
+    sges: Array<Sge>,
     max_sge: usize,
-    inline: Box<[u8]>,
+    inline: Array<u8>,
     max_inline: usize,
     /// Requests posted, finished ones included.
     pub posted: u32,
@@ -48,18 +53,24 @@ pub struct Queue {
 }
 
 impl Queue {
-    pub fn new(caps: &QpCaps) -> Self {
+    pub fn new(caps: &QpCaps, lender: Option<&Arc<dyn Lender>>) -> Result<Self> {
         let depth = caps.max_send_wr.max(1).next_power_of_two() as usize;
         let (max_sge, max_inline) = (caps.max_send_sge.max(1) as usize, caps.max_inline_data.max(8) as usize);
         let (wqes, sges, inline) = Default::default();
-        Queue { depth, wqes, sges, max_sge, inline, max_inline, posted: 0, next: 0 }
+        let mut queue = Queue { depth, wqes, sges, max_sge, inline, max_inline, posted: 0, next: 0 };
+        if lender.is_some() {
+            queue.wqes = Array::new(depth, lender, Purpose::SendQueue)?;
+            queue.sges = Array::new(depth * max_sge, lender, Purpose::SendQueue)?;
+            queue.inline = Array::new(depth * max_inline, lender, Purpose::SendQueue)?;
+        }
+        Ok(queue)
     }
 
     #[cold]
     fn make_room(&mut self) {
-        self.wqes = vec![Wqe::default(); self.depth].into();
-        self.sges = vec![Sge::default(); self.depth * self.max_sge].into();
-        self.inline = vec![0; self.depth * self.max_inline].into();
+        self.wqes = Array::on_heap(self.depth);
+        self.sges = Array::on_heap(self.depth * self.max_sge);
+        self.inline = Array::on_heap(self.depth * self.max_inline);
     }
 
     fn index(&self, seq: u32) -> usize {

@@ -13,11 +13,11 @@ use crate::ring::QpShared;
 use crate::shm::{LocalBytes, SharedBytes, copy_in};
 use crate::sync::Ordering;
 use crate::verbs::{
-    Access, MULTICAST_QPN, QpAttr, QpCaps, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us,
-    limits, rnr_timer_us,
+    Access, MULTICAST_QPN, QpAttr, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, ack_timeout_us, limits,
+    rnr_timer_us,
 };
 
-use super::super::events::{AsyncEvent, AsyncKind};
+use super::super::events::AsyncKind;
 use super::super::link::LinkQueue;
 use super::super::lock::Guard;
 use super::super::stall::Stall;
@@ -62,9 +62,9 @@ pub struct Patience {
 }
 
 impl SendSide {
-    pub fn new(caps: &QpCaps) -> Self {
+    pub fn new(queue: Queue) -> Self {
         SendSide {
-            queue: Queue::new(caps),
+            queue,
             route: Route::default(),
             progress: Progress::default(),
             stall: Stall::None,
@@ -380,7 +380,7 @@ impl Qp {
         }
         side.stall = Stall::None;
         if std::mem::take(&mut side.tell_drained) && self.state() == QpState::Sqd {
-            self.context().events.push(AsyncEvent { kind: AsyncKind::SqDrained, cookie: self.cookie });
+            self.push(AsyncKind::SqDrained);
         }
     }
 
