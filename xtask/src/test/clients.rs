@@ -174,9 +174,16 @@ fn libfabric() -> Vec<Client> {
     ]
 }
 
-/// UCX over its own verbs transports, which look for the device's files. Nothing else is allowed: what works went that way. rc_v is
-/// rc_verbs with ud_verbs beside it, by which it connects: alone it knows no way to its peer, on any NIC.
+/// UCX over its own verbs transports, which look for the device's files. Nothing else is allowed: what works went that way.
 fn verbs_transports() -> Vec<Client> {
+    let list =
+        vec![Client::alone("ucx_info -d", &[Says("Transport: rc_verbs"), Says("Transport: ud_verbs")])];
+    [list, by_address(), by_rdma_cm(), below_ucp()].concat()
+}
+
+/// Connected by workers' addresses. rc_verbs knows no way to its peer by those, on any NIC: UCX's name rc_v is rc_verbs with
+/// ud_verbs to connect by (`ud_verbs:aux`), and nothing else.
+fn by_address() -> Vec<Client> {
     let tests = [
         "tag_lat -s 8",
         "tag_lat -s 65536",
@@ -185,16 +192,38 @@ fn verbs_transports() -> Vec<Client> {
         "ucp_get -s 65536",
         "ucp_fadd -s 8",
     ];
-    let mut list =
-        vec![Client::alone("ucx_info -d", &[Says("Transport: rc_verbs"), Says("Transport: ud_verbs")])];
-    for transport in ["rc_v", "ud_verbs"] {
+    let pair = |transport, test| {
         let ucx = format!("UCX_TLS={transport},self ucx_perftest");
-        for test in tests {
-            let client = format!("{ucx} @c1 -t {test} -n 1000 -w 100 -f");
-            list.push(Client::pair(&ucx, true, &client, &[Says("1000")]));
-        }
-    }
-    list
+        Client::pair(&ucx, true, &format!("{ucx} @c1 -t {test} -n 1000 -w 100 -f"), &[Says("1000")])
+    };
+    ["rc_v", "ud_verbs"].into_iter().flat_map(|tls| tests.map(|test| pair(tls, test))).collect()
+}
+
+/// Connected by rdma_cm, which needs no second transport.
+fn by_rdma_cm() -> Vec<Client> {
+    let pair = |transport| {
+        let demo = format!("UCX_TLS={transport},self io_demo -q -d 512:262144 -p 1337");
+        let client = format!("{demo} -i 100 -o read,write @c1");
+        Client::pair(
+            &demo,
+            false,
+            &client,
+            &[Says("Client exit with status 'OK'"), NeverSays("detected error")],
+        )
+    };
+    vec![pair("rc_verbs"), pair("ud_verbs")]
+}
+
+/// One layer below, where a test has one transport and connects it itself.
+fn below_ucp() -> Vec<Client> {
+    let tests = ["am_lat -s 8", "am_bw -s 4096 -D zcopy", "put_lat -s 8", "get -s 8192 -D zcopy"];
+    let pair = |transport, test| {
+        let ucx = format!("UCX_TLS={transport},self ucx_perftest -d ff0:1 -x {transport}");
+        Client::pair(&ucx, true, &format!("{ucx} @c1 -t {test} -n 1000 -w 100 -f"), &[Says("1000")])
+    };
+    let datagrams = tests.iter().filter(|test| test.starts_with("am_"));
+    let rc = tests.iter().map(|test| pair("rc_verbs", test));
+    rc.chain(datagrams.map(|test| pair("ud_verbs", test))).collect()
 }
 
 fn atomics() -> Vec<Client> {
