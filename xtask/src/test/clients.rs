@@ -216,7 +216,7 @@ fn by_rdma_cm() -> Vec<Client> {
 
 /// One layer below, where a test has one transport and connects it itself.
 fn below_ucp() -> Vec<Client> {
-    let tests = ["am_lat -s 8", "am_bw -s 4096 -D zcopy", "put_lat -s 8", "get -s 8192 -D zcopy"];
+    let tests = ["am_lat -s 8", "am_bw -s 4000 -D zcopy", "put_lat -s 8", "get -s 8192 -D zcopy"];
     let pair = |transport, test| {
         let ucx = format!("UCX_TLS={transport},self ucx_perftest -d ff0:1 -x {transport}");
         Client::pair(&ucx, true, &format!("{ucx} @c1 -t {test} -n 1000 -w 100 -f"), &[Says("1000")])
