@@ -28,13 +28,20 @@ mod tests {
     #[test]
     fn a_kernel_answers_for_a_program_that_does_not() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let mut here = TcpStream::connect(listener.local_addr().expect("bound")).expect("loopback");
+        let here = TcpStream::connect(listener.local_addr().expect("bound")).expect("loopback");
         let _there = listener.accept().expect("connected"); // it never reads
-        std::thread::sleep(Duration::from_millis(300));
-        assert!(acknowledged(here.as_fd()).expect("TCP") >= Duration::from_millis(200), "nothing was said");
-        here.write_all(b"are you there?").expect("room");
-        std::thread::sleep(Duration::from_millis(100)); // an acknowledgement may be delayed by 40 ms
-        assert!(acknowledged(here.as_fd()).expect("TCP") < Duration::from_millis(200));
+        let quiet = Duration::from_millis(200);
+        let ago = || acknowledged(here.as_fd()).expect("TCP");
+        while ago() < quiet {
+            std::thread::sleep(Duration::from_millis(10)); // nothing is said
+        }
+        // On a busy machine this may look late: then it asks once more.
+        let asked = |_: &u32| {
+            (&here).write_all(b"are you there?").expect("room");
+            std::thread::sleep(Duration::from_millis(60)); // an acknowledgement may be delayed by 40 ms
+            ago() < quiet
+        };
+        assert!((0..100).any(|n| asked(&n)), "no kernel answered");
         let (unix, _) = std::os::unix::net::UnixStream::pair().expect("socketpair");
         assert_eq!(acknowledged(unix.as_fd()), None);
     }
