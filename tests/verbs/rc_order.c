@@ -145,6 +145,40 @@ static void eight_qps_one_cq(void)
 	OK(ibv_destroy_cq(cq));
 }
 
+/* What a poll finds of a queue pair does not hide what of it came later, however many queue pairs the CQ has. */
+static void completions_do_not_hide_others(void)
+{
+	enum { QPS = 10, TURNS = 3 };
+	struct ibv_cq *cq = MADE(ibv_create_cq(ctx, 256, NULL, NULL, 0));
+	struct end_cfg c = { .cq = cq, .len = 4096 };
+	struct pair p[QPS];
+
+	for (int q = 0; q < QPS; q++)
+		p[q] = pair_open(is_a ? &c : NULL, NULL);
+	for (int turn = 0; is_a && turn < TURNS; turn++) {
+		struct ibv_wc wc[4];
+		int found;
+
+		/* Each has ended when the next call comes: the second is posted when nobody has polled the first. */
+		for (uint64_t i = 1; i <= 2; i++) {
+			OK(post_op(p[turn].a, IBV_WR_RDMA_WRITE, i, 0, 16, 64, 0));
+			be_late();
+		}
+		while ((found = ibv_poll_cq(cq, 4, wc)) == 0)
+			;
+		CHECK(found == 1 || found == 2, "found %d", found);
+		for (int i = 0; i < found; i++)
+			EQ(wc[i].wr_id, i + 1);
+		if (found == 1)
+			WANT(cq, 2, IBV_WC_SUCCESS);
+	}
+	sync_ends();
+	for (int q = 0; q < QPS; q++)
+		if (p[q].a)
+			end_destroy(p[q].a);
+	OK(ibv_destroy_cq(cq));
+}
+
 /* ---- many small messages ----------------------------------------------------------------------------------------- */
 
 static void ping_pong(void)
@@ -348,6 +382,7 @@ static const struct test_case cases[] = {
 	{ "read_after_write", read_after_write, 0 },
 	{ "completion_order", completion_order, 0 },
 	{ "eight_qps_one_cq", eight_qps_one_cq, 0 },
+	{ "completions_do_not_hide_others", completions_do_not_hide_others, 0 },
 	{ "ping_pong", ping_pong, 0 },
 	{ "stream_both_ways", stream_both_ways, 0 },
 	{ "send_queue_full", send_queue_full, 0 },

@@ -284,9 +284,10 @@ impl Lanes {
     /// CQ: takes send completions.
     pub fn poll_send(&self, out: &mut [Wc]) -> usize {
         let polled = self.send.poll(self.qpn(), out);
-        if polled == 0 && self.link.get().is_some_and(|link| link.is_news()) {
+        // Also behind some that were there: the mark that tells of the news is taken, and no other comes.
+        if polled < out.len() && self.link.get().is_some_and(|link| link.is_news()) {
             self.qp.upgrade().inspect(|qp| qp.poll_link());
-            return self.send.poll(self.qpn(), out);
+            return polled + self.send.poll(self.qpn(), &mut out[polled..]);
         }
         polled
     }
