@@ -124,6 +124,13 @@ impl Context {
         self.events.next()
     }
 
+    /// Ends the helper thread and waits for it: afterwards nobody holds what the caller has let go of, not even for a moment.
+    /// For who is to have no thread left when it is done; the others leave it to the last reference. Everything made on
+    /// the context is gone by then, or waits for good.
+    pub fn close(&self) {
+        self.helper.stop();
+    }
+
     pub(super) fn qp(&self, qpn: u32) -> Option<Arc<Qp>> {
         self.qps.lock().unwrap_or_else(PoisonError::into_inner).get(&qpn)?.upgrade()
     }

@@ -92,9 +92,15 @@ impl Helper {
     /// Ends the thread and waits for it.
     pub fn stop(&self) {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            self.join(thread);
+        }
+        // Not before: the router gives up a client that takes no events, and the thread may have been the last to hold something.
         self.shared.change_events(None);
         fork::forget(self.shared.bell.as_fd());
-        let Some(thread) = thread else { return };
+    }
+
+    fn join(&self, thread: JoinHandle<()>) {
         if self.birth.is_inherited() {
             // The thread is not here, and its handle may name one of this process's own by now.
             std::mem::forget(thread);

@@ -105,6 +105,14 @@ impl Device {
     }
 }
 
+impl Drop for Device {
+    /// Nothing of ours runs on when the last communicator's finalize returns.
+    fn drop(&mut self) {
+        *self.pending.get_mut().unwrap_or_else(PoisonError::into_inner) = Pending::default();
+        self.context.close();
+    }
+}
+
 /// What getProperties says in every version; what only some versions ask for, their adapters know.
 #[derive(Debug, Clone, Copy)]
 pub struct Properties {
