@@ -59,6 +59,13 @@ fn ring_with_the_oldest_version() {
 }
 
 #[test]
+fn ring_with_every_other_version() {
+    for version in 7..=11 {
+        replay(&format!("--ranks 2 --spawn --api {version} ring --max 20000"));
+    }
+}
+
+#[test]
 fn all_to_all_of_processes() {
     replay("--ranks 4 --spawn --api 8 all-to-all");
 }

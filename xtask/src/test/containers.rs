@@ -40,6 +40,11 @@ pub fn run() -> Outcome<()> {
     }
     let said = site.alone("a", "/run/freeflow/bin/freeflow doctor")?;
     expect(&said, "serves this container as 10.9.0.1")?;
+    let said = site.alone("a", "/run/freeflow/bin/freeflow doctor --nccl")?;
+    expect(&said, "libnccl-net-freeflow.so loads, with v6, v7, v8, v9, v10, v11, v12")?;
+    let said = site.alone("a", "/run/freeflow/bin/freeflow doctor --ucx")?;
+    expect(&said, "LD_PRELOAD and UCX_MODULE_DIR lead UCX before 1.22 to ff")?;
+    expect(&site.alone("a", "ucx_info -d")?, "Device: ff0:1")?;
     let said = site.alone("a", "cat /sys/class/infiniband/ff0/ports/1/gids/0")?;
     expect(&said, "0000:0000:0000:0000:0000:ffff:0a09:0001")?;
     site.alone("a", "test -w /dev/infiniband/uverbs0")?;

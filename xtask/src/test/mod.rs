@@ -137,6 +137,9 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     if chosen(examples::NCCL) {
         tally.check(examples::NCCL, examples::nccl);
     }
+    if chosen(examples::NCCL_JOB) {
+        tally.check(examples::NCCL_JOB, examples::nccl_job);
+    }
     summary(&tally, filter, start)
 }
 
