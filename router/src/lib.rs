@@ -12,7 +12,10 @@ mod directory;
 mod host;
 mod identity;
 mod limiter;
+#[cfg(not(fuzzing))]
 mod link;
+#[cfg(fuzzing)]
+pub mod link;
 mod listener;
 mod metrics;
 mod proof;

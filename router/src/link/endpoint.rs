@@ -69,6 +69,8 @@ pub struct Endpoint {
     queues: HashMap<u32, FarDomain>,
     /// The shared receive queue that has fallen below its limit; its owner is to be told. 0: none.
     limited: Cell<u32>,
+    /// The last request that was carried out woke somebody.
+    woke: Cell<bool>,
     /// What the peer has invalidated of this end's.
     pub retired: Retired,
 }
@@ -84,6 +86,7 @@ impl Endpoint {
             forwarded: None,
             queues: HashMap::new(),
             limited: Cell::new(0),
+            woke: Cell::new(false),
             retired: Retired::default(),
         }
     }
@@ -91,6 +94,11 @@ impl Endpoint {
     /// The number of the shared receive queue that has just fallen below its limit.
     pub fn take_limited(&self) -> Option<u32> {
         Some(self.limited.take()).filter(|number| *number != 0)
+    }
+
+    /// Did the last request that was carried out wake somebody?
+    pub fn has_woken(&self) -> bool {
+        self.woke.get()
     }
 
     /// Does a request for `srqn` need a domain that is not known yet?
@@ -244,6 +252,7 @@ impl Endpoint {
         if let Some(srq) = domain.srq.as_ref().filter(|_| memory.limits > 0) {
             self.limited.set(srq.number);
         }
+        self.woke.set(memory.rings > 0);
         if memory.rings > 0 {
             domain.cq.bell.iter().for_each(|bell| bell.ring());
         }

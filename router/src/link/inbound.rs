@@ -264,7 +264,7 @@ impl Engine {
                 self.lines[index].acks.push(qpn);
                 let Some(slot) = self.slots.get_mut(&qpn) else { return };
                 if header.op != SendOp::Read as u8 {
-                    self.delivered = Some(slot.endpoint.qp.client);
+                    self.delivered = Some((slot.endpoint.qp.client, slot.endpoint.has_woken()));
                 }
                 if let Some(channel) = conn.channel
                     && !slot.endpoint.responder.reads.is_empty()

@@ -9,7 +9,8 @@ use crate::{layout, process};
 
 /// Each is one file; gcc takes a fraction of a second.
 const LIMIT: Duration = Duration::from_secs(60);
-const PROGRAMS: [&str; 8] = ["handover", "memcpy", "eventfd", "reg", "qps", "shared", "ops", "fair"];
+const PROGRAMS: [&str; 9] =
+    ["handover", "memcpy", "eventfd", "reg", "qps", "shared", "ops", "fair", "helper"];
 /// Preloaded into perftest.
 const LIBRARIES: [&str; 2] = ["empty", "wr_api"];
 

@@ -26,6 +26,7 @@ const IPERF: &str = "iperf3";
 const QPERF: &str = "qperf tcp";
 const UCX: &str = "ucx tcp";
 const OFI: &str = "libfabric tcp";
+const FLOOR: &str = "bare helpers";
 
 /// How a figure is read from what the client printed, behind which [`ROUTERS`] stands.
 type Parse = fn(&str, u64) -> Option<f64>;
@@ -56,11 +57,12 @@ fn perftest_typical(text: &str, size: u64) -> Option<f64> {
     perftest::row(&perftest::rows(text), size).map(|row| row[4])
 }
 
-/// The probe's first two words: GB/s, and Jain's fairness.
-fn fair_rate(text: &str, _: u64) -> Option<f64> {
+/// A probe's only figure, or first one.
+fn first(text: &str, _: u64) -> Option<f64> {
     text.split_whitespace().next()?.parse().ok()
 }
 
+/// Jain's fairness, behind the rate.
 fn fairness(text: &str, _: u64) -> Option<f64> {
     text.split_whitespace().nth(1)?.parse().ok()
 }
@@ -147,12 +149,18 @@ fn measures() -> Vec<Measure> {
             "fi_pingpong -p tcp -e rdm -S 8 -I 20000",
             fabric,
         ),
+        kernel(
+            latency("floor", FLOOR, 8),
+            "probe:helper server @ 20000 4",
+            "probe:helper client @ 20000 4",
+            first,
+        ),
         kernel(latency("tcp_lat", QPERF, 8), "qperf", "qperf -t 2 -m 8 @ tcp_lat", qperf),
         events(latency("send_lat", EVENTS, 8), "qperf -t 2 -m 8 @ rc_lat"),
         ours(latency("directory", OURS, 8), Over::Plain, WRITE_LAT, perftest_typical),
         ours(latency("directory", CROWDED, 8), Over::Crowded, WRITE_LAT, perftest_typical),
-        many(bandwidth("many_qps", "1 qp", 64 * KIB), ONE, fair_rate),
-        many(bandwidth("many_qps", "1024 qps", 64 * KIB), MANY, fair_rate),
+        many(bandwidth("many_qps", "1 qp", 64 * KIB), ONE, first),
+        many(bandwidth("many_qps", "1024 qps", 64 * KIB), MANY, first),
         many(
             Figure { metric: "Jain's fairness", unit: "", ..bandwidth("fairness", "1024 qps", 64 * KIB) },
             MANY,
@@ -189,6 +197,9 @@ fn bars() -> Vec<Bar> {
         }),
         bar("write_lat", "ib_write_lat 8 B / UCX tcp ucp_put_lat", Bound::AtMost(1.0), |f| {
             Some(f.get("write_lat", OURS, 8)? / f.get("ucp_put_lat", UCX, 8)?)
+        }),
+        bar("write_lat", "ib_write_lat 8 B / bare helpers between program and wire", Bound::None, |f| {
+            Some(f.get("write_lat", OURS, 8)? / f.get("floor", FLOOR, 8)?)
         }),
         bar("write_lat", "ib_write_lat 8 B / fi_pingpong over libfabric tcp", Bound::None, |f| {
             Some(f.get("write_lat", OURS, 8)? / f.get("pingpong", OFI, 8)?)
@@ -273,7 +284,7 @@ mod tests {
                     create id    :       1.00       1.00       1.00       1.00\nresolve addr : 2.0\n\
                     resolve route: 1.0\ncreate qp    : 1.0\nconnect      : 395\ndisconnect   : 50\ndestroy      : 50\n";
         assert_eq!(connections(text, 1000), Some(2000.0));
-        assert_eq!((fair_rate("1.5 0.99 3 4\n", 0), fairness("1.5 0.99 3 4\n", 0)), (Some(1.5), Some(0.99)));
+        assert_eq!((first("1.5 0.99 3 4\n", 0), fairness("1.5 0.99 3 4\n", 0)), (Some(1.5), Some(0.99)));
         assert_eq!(qperf("tcp_lat:\n    latency  =  9.5 us\n", 0), Some(9.5));
     }
 }
