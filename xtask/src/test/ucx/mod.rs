@@ -35,8 +35,8 @@ pub fn run(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
         check(&format!("ucx perftest, UCP, between {between}"), &|| perftest::ucp(place));
         check(&format!("ucx example between {between}"), &|| pair::example(place));
         check(&format!("ucx peer failure between {between}"), &|| pair::peer_failure(place));
+        check(&format!("ucx mpi: freeflow exec as rsh agent between {between}"), &|| mpi::by_exec(place));
     }
-    check("ucx mpi: freeflow exec as rsh agent between containers", &|| mpi::by_exec(Place::OneHost));
     check("ucx refuses what it does not know", &refusal);
     for (name, mpi) in [("openmpi", Mpi::Open), ("mpich", Mpi::Mpich)] {
         for ranks in [2, 4] {
@@ -55,11 +55,6 @@ pub fn run(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
 /// All of that, and the other releases.
 pub fn matrix(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
     run(tally, &chosen);
-    // Not in every run: it has hung once, and why is not known.
-    let name = "ucx mpi: freeflow exec as rsh agent between hosts";
-    if chosen(name) {
-        tally.check(name, || mpi::by_exec(Place::TwoHosts));
-    }
     for wheel in WHEELS.iter().filter(|wheel| !ALWAYS.contains(wheel)) {
         let name = format!("ucx wheel {wheel}");
         if chosen(&name) {
