@@ -342,6 +342,11 @@ impl Lanes {
 
     /// What a receive completion means for the QP.
     pub(super) fn arrived(&self, wc: &mut Wc) {
+        if wc.wc_flags & wc_flags::GRH != 0 && wc.status == 0 {
+            // A datagram. Of its many senders none may write the counter, which has one writer.
+            let payload = u64::from(wc.byte_len).saturating_sub(limits::GRH.into());
+            QpShared::count(&self.shared[0].rx_bytes, payload);
+        }
         if wc.wc_flags & wc_flags::WITH_INV != 0 {
             self.invalidate(wc);
         }
@@ -492,6 +497,22 @@ mod tests {
             assert_eq!(wc.wr_id, i as u64);
             assert!(wc.status != 0 || wc.opcode == WcOpcode::RecvRdmaWithImm as u32, "{wc:?}");
         }
+    }
+
+    #[test]
+    fn the_bytes_of_a_datagram_count_when_it_is_polled() {
+        let lanes = lanes();
+        for flags in [wc_flags::GRH as u8, 0] {
+            assert!(lanes.recv.post(1, &[Sge { addr: 0, length: 64, lkey: 1 }], DEPTH as u32));
+            let claim = lanes.recv.ring().claim(&lanes.shared[0].head, 1).expect("posted");
+            claim.complete(&Completion { flags, byte_len: 60, ..Completion::default() }, true);
+            assert_eq!(poll(&lanes).map(|wc| (wc.status, wc.byte_len)), Some((0, 60)));
+        }
+        assert_eq!(
+            lanes.shared[0].rx_bytes.load(Ordering::Relaxed),
+            20,
+            "without its header; others' senders count"
+        );
     }
 
     #[test]
