@@ -3,7 +3,8 @@
 //! Each exported name is a one-jump trampoline in `global_asm!`: rustc does not know names defined in assembly, so it
 //! leaves them out of its own anonymous version script, and the named script made here decides their versions.
 //! rust-lld, the default linker, takes both scripts, exact names winning over rustc's `local: *`; where only the last
-//! script counts (cargo-zigbuild), the `local: *` made here still hides everything else.
+//! script counts (cargo-zigbuild), the one made here hides Rust's own names. It must not say `local: *`: what is to come before the
+//! C library's function of that name (`#[no_mangle]`) has no version, and would be hidden with the rest.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -51,7 +52,7 @@ fn main() {
 fn version_script(nodes: &BTreeMap<&str, Vec<&str>>) -> String {
     let (mut text, mut previous) = (String::new(), String::new());
     for (node, names) in nodes {
-        let local = if previous.is_empty() { " local: *;" } else { "" };
+        let local = if previous.is_empty() { " local: _ZN*; _R*; __rust*; rust_*;" } else { "" };
         writeln!(text, "{node} {{ global: {};{local} }} {previous};", names.join("; "))
             .expect("writing to a String");
         previous = node.to_string();

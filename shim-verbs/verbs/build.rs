@@ -3,7 +3,8 @@
 //! Each exported name is a one-jump trampoline in `global_asm!`: rustc does not know names defined in assembly, so it
 //! leaves them out of its own anonymous version script, and the named script made here decides their versions.
 //! rust-lld, the default linker, takes both scripts, exact names winning over rustc's `local: *`; where only the last
-//! script counts (cargo-zigbuild), the `local: *` made here still hides everything else.
+//! script counts (cargo-zigbuild), the one made here hides Rust's own names. It must not say `local: *`: what is to come before the
+//! C library's function of that name (`#[no_mangle]`) has no version, and would be hidden with the rest.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -121,8 +122,12 @@ fn version_script(symbols: &[Symbol]) -> String {
                     |s: &str| s.parse().unwrap_or_else(|_| panic!("symbols.txt: node {}", symbol.node));
                 nodes.entry((number(major), number(minor))).or_default().push(symbol.name);
             }
-            None => writeln!(text, "{} {{ global: {}; local: *; }};", symbol.node, symbol.name)
-                .expect("writing to a String"),
+            None => writeln!(
+                text,
+                "{} {{ global: {}; local: _ZN*; _R*; __rust*; rust_*; *__unversioned*; }};",
+                symbol.node, symbol.name
+            )
+            .expect("writing to a String"),
         }
     }
     let mut previous = String::new();
