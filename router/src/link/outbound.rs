@@ -223,7 +223,7 @@ impl Engine {
             };
             let tenant = process.tenant.clone();
             let message = [header.as_bytes(), addresses.as_bytes(), tenant.as_bytes(), &payload].concat();
-            hosts.iter().for_each(|host| self.post(host, message.clone(), now));
+            hosts.iter().for_each(|host| self.post(host, message.clone(), now, Remote::keep));
         }
     }
 
@@ -234,17 +234,17 @@ impl Engine {
 
     pub fn send_cm(&mut self, host: &Arc<str>, bytes: &[u8]) {
         let header = Header { len: bytes.len() as u32, ..Header::new(Kind::Cm, 0, 0) };
-        self.post(host, [header.as_bytes(), bytes].concat(), self.now());
+        self.post(host, [header.as_bytes(), bytes].concat(), self.now(), Remote::keep_word);
     }
 
-    /// Sends a message to a host, or keeps it until that is connected.
-    pub fn post(&mut self, host: &Arc<str>, message: Vec<u8>, now: Instant) {
+    /// Sends a message to a host, or has it kept until that is connected.
+    fn post(&mut self, host: &Arc<str>, message: Vec<u8>, now: Instant, keep: fn(&mut Remote, Vec<u8>)) {
         self.reach(host, now);
         let Some(remote) = self.remotes.get_mut(host) else { return };
         let prompt = remote.conns[PROMPT].filter(|_| remote.is_up());
         match prompt.and_then(|index| self.conns.get_mut(index)?.as_mut()) {
             Some(conn) => conn.send_raw(&message),
-            None => remote.keep(message),
+            None => keep(remote, message),
         }
     }
 }

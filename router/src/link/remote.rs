@@ -14,6 +14,8 @@ pub const PROMPT: usize = 0;
 pub const BULK: usize = 1;
 /// Datagrams kept for a host while it is being connected.
 const KEPT: usize = 256;
+/// Connection managers' messages kept meanwhile: nobody repeats them, and containers' quotas bound how many there are.
+const WORDS: usize = 1 << 16;
 /// Between attempts to reach a host.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Asked whether it is there after such a silence, while something is owed by it, and while nothing is.
@@ -45,6 +47,7 @@ pub struct Remote {
     /// The first time since it was heard.
     asked_first: Instant,
     kept: VecDeque<Datagram>,
+    words: Vec<Vec<u8>>,
     /// It may have containers of a tenant of whose groups containers here are members.
     pub is_to_know: bool,
     /// Tenants of whose groups it was told since it was connected.
@@ -69,6 +72,7 @@ impl Remote {
             asked: now,
             asked_first: now,
             kept: VecDeque::new(),
+            words: Vec::new(),
             is_to_know: false,
             told: HashSet::new(),
             said: 0,
@@ -159,14 +163,33 @@ impl Remote {
         self.kept.push_back(datagram);
     }
 
-    pub fn take_kept(&mut self) -> VecDeque<Datagram> {
-        std::mem::take(&mut self.kept)
+    /// Keeps a connection manager's message until the host is connected.
+    pub fn keep_word(&mut self, word: Vec<u8>) {
+        if self.words.len() < WORDS {
+            self.words.push(word);
+        }
+    }
+
+    pub fn take_kept(&mut self) -> Vec<Vec<u8>> {
+        let mut all = std::mem::take(&mut self.words);
+        all.extend(self.kept.drain(..));
+        all
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_word_is_lost_while_a_host_is_connected() {
+        let mut host = Remote::new(Instant::now());
+        (0..2000u32).for_each(|word| host.keep_word(word.to_le_bytes().to_vec()));
+        (0..2000u32).for_each(|datagram| host.keep(datagram.to_le_bytes().to_vec()));
+        let kept = host.take_kept();
+        assert_eq!(kept.len(), 2000 + KEPT);
+        assert_eq!(kept[..2].concat(), [0, 0, 0, 0, 1, 0, 0, 0]);
+    }
 
     #[test]
     fn a_host_is_not_silent_before_it_was_asked() {
