@@ -10,6 +10,7 @@ use super::engine::{Engine, Slot};
 use super::inbound::open_message;
 use super::remote::{CHANNELS, PROMPT, Remote, SILENCE};
 use super::wire::{Header, Kind, Malformed, VERSION};
+use super::words::Words;
 use crate::cluster::Stream;
 use crate::state::Notice;
 
@@ -26,8 +27,7 @@ impl Engine {
     /// Sees to it that there are connections to a host, now or soon.
     pub fn reach(&mut self, host: &Arc<str>, now: Instant) {
         let remote = self.remotes.entry(host.clone()).or_insert_with(|| Remote::new(now));
-        if !remote.is_up() && !remote.dialing && now >= remote.next_dial {
-            remote.dialing = true;
+        if !remote.is_up() && remote.dial(now) {
             self.to_dial.push(host.clone());
         }
     }
@@ -43,9 +43,6 @@ impl Engine {
     pub fn dialed(&mut self, stream: Stream, host: &Arc<str>, channel: usize) {
         let mut conn = Conn::new(stream, host.clone(), true, None);
         conn.send_bytes(&hello(channel, self.boot()), &[]);
-        if let Some(remote) = self.remotes.get_mut(host).filter(|_| channel + 1 == CHANNELS) {
-            remote.dialing = false;
-        }
         if let Err(errno) = self.add(conn) {
             tracing::warn!("cannot watch a connection to host {host}: {errno}");
         }
@@ -89,7 +86,7 @@ impl Engine {
         }
         tracing::debug!("host {host}: channel {channel} is there (dialed here: {})", conn.dialed);
         if self.remotes.get(&host).is_some_and(|remote| remote.is_up()) {
-            self.up(index, conn, &host);
+            self.up(index, conn, &host, now);
         }
         Ok(())
     }
@@ -101,15 +98,16 @@ impl Engine {
             tracing::info!("the router of host {host} has restarted");
             let stale = std::mem::replace(&mut remote.conns, [None; CHANNELS]);
             stale.into_iter().flatten().for_each(|at| self.conns[at] = None);
+            remote.words = Words::default();
             self.hosts_gone.push(host.clone());
             self.end_of(host, |slot| slot.endpoint.responder.is_open() || slot.endpoint.requester.is_open());
         }
     }
 
     /// All channels are there: queue pairs say again who they are.
-    fn up(&mut self, index: usize, conn: &mut Conn, host: &Arc<str>) {
+    fn up(&mut self, index: usize, conn: &mut Conn, host: &Arc<str>, now: Instant) {
         let Some(remote) = self.remotes.get_mut(host) else { return };
-        remote.connected();
+        remote.connected(now);
         let (prompt, kept) = (remote.conns[PROMPT], remote.take_kept());
         let mut messages = self.introduce_groups(host);
         messages.extend(kept);
@@ -160,7 +158,12 @@ impl Engine {
     /// A connection ended. If it counted, its host is to be connected anew.
     pub fn lost(&mut self, index: usize, conn: Conn, end: &End) {
         let host = conn.host.clone();
-        let counted = self.remotes.get(&host).is_some_and(|remote| remote.conns.contains(&Some(index)));
+        let now = self.now();
+        let Some(remote) = self.remotes.get_mut(&host) else { return };
+        let counted = remote.conns.contains(&Some(index));
+        if !remote.is_up() && (counted || conn.dialed) {
+            remote.dial_failed(now); // it was one of an attempt
+        }
         if !counted {
             return;
         }
@@ -171,7 +174,7 @@ impl Engine {
         drop(conn);
         self.down(&host);
         if self.is_wanted(&host) {
-            self.reach(&host, self.now());
+            self.reach(&host, now);
         }
     }
 

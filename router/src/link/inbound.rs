@@ -114,7 +114,11 @@ impl Engine {
             Kind::Pong => {}
             Kind::Member => self.member(conn, header)?,
             Kind::Known => self.known(&conn.host, header.seq)?,
-            Kind::Cm => self.cm_inbox.push((conn.host.clone(), conn.payload(header.len).to_vec())),
+            Kind::Cm => self.hear_cm(conn, header)?,
+            Kind::CmHeard => {
+                let remote = self.remotes.get_mut(&conn.host);
+                remote.map_or(Ok(()), |remote| remote.words.were_heard(header.seq))?;
+            }
             _ => self.word(&conn.host.clone(), kind, header, now)?,
         }
         Ok(())

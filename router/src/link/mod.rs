@@ -23,5 +23,6 @@ mod responder;
 mod tests;
 mod thread;
 pub mod wire;
+mod words;
 
 pub use thread::Links;

@@ -9,7 +9,7 @@ use freeflow_core::ring::{LinkDone, MAX_SGE};
 use freeflow_core::verbs::{Gid, SendFlags, SendOp, Sge, limits};
 use zerocopy::IntoBytes as _;
 
-use super::conn::Conn;
+use super::conn::{Conn, End};
 use super::endpoint::{Endpoint, Served, spans};
 use super::engine::{Engine, Line, Slot, submissions};
 use super::groups::hosts_of;
@@ -233,8 +233,26 @@ impl Engine {
     }
 
     pub fn send_cm(&mut self, host: &Arc<str>, bytes: &[u8]) {
-        let header = Header { len: bytes.len() as u32, ..Header::new(Kind::Cm, 0, 0) };
-        self.post(host, [header.as_bytes(), bytes].concat(), self.now(), Remote::keep_word);
+        self.reach(host, self.now());
+        let Some(remote) = self.remotes.get_mut(host) else { return };
+        let prompt = remote.conns[PROMPT].filter(|_| remote.is_up());
+        let Some(message) = remote.words.say(bytes) else {
+            tracing::warn!("host {host} answers no connection manager: a message for it is dropped");
+            return;
+        };
+        if let Some(conn) = prompt.and_then(|index| self.conns.get_mut(index)?.as_mut()) {
+            conn.send_raw(message);
+        }
+    }
+
+    /// Another host's connection manager said something.
+    pub fn hear_cm(&mut self, conn: &mut Conn, header: &Header) -> Result<(), End> {
+        let Some(remote) = self.remotes.get_mut(&conn.host) else { return Ok(()) };
+        if remote.words.hear(header.seq)? {
+            self.cm_inbox.push((conn.host.clone(), conn.payload(header.len).to_vec()));
+        }
+        conn.send_bytes(&Header { seq: remote.words.heard(), ..Header::new(Kind::CmHeard, 0, 0) }, &[]);
+        Ok(())
     }
 
     /// Sends a message to a host, or has it kept until that is connected.

@@ -4,6 +4,7 @@ use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::requester::Nonsense;
+use super::words::Words;
 use crate::directory::Tenant;
 
 /// Connections per pair of hosts: small operations have one of their own, so that they wait behind no large one.
@@ -14,8 +15,8 @@ pub const PROMPT: usize = 0;
 pub const BULK: usize = 1;
 /// Datagrams kept for a host while it is being connected.
 const KEPT: usize = 256;
-/// Connection managers' messages kept meanwhile: nobody repeats them, and containers' quotas bound how many there are.
-const WORDS: usize = 1 << 16;
+/// More than connecting to a host, and both greetings, may take.
+const DIALING: Duration = Duration::from_secs(20);
 /// Between attempts to reach a host.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Asked whether it is there after such a silence, while something is owed by it, and while nothing is.
@@ -33,9 +34,8 @@ pub type Datagram = Vec<u8>;
 pub struct Remote {
     /// Indices of its connections.
     pub conns: [Option<usize>; CHANNELS],
-    pub dialing: bool,
-    /// Not before then.
-    pub next_dial: Instant,
+    /// Not dialed before then.
+    next_dial: Instant,
     backoff: Duration,
     /// The start of its router that its connections are with.
     pub boot: Option<u64>,
@@ -47,7 +47,8 @@ pub struct Remote {
     /// The first time since it was heard.
     asked_first: Instant,
     kept: VecDeque<Datagram>,
-    words: Vec<Vec<u8>>,
+    /// What connection managers say to each other.
+    pub words: Words,
     /// It may have containers of a tenant of whose groups containers here are members.
     pub is_to_know: bool,
     /// Tenants of whose groups it was told since it was connected.
@@ -63,7 +64,6 @@ impl Remote {
     pub fn new(now: Instant) -> Self {
         Remote {
             conns: [None; CHANNELS],
-            dialing: false,
             next_dial: now,
             backoff: BACKOFF.0,
             boot: None,
@@ -72,7 +72,7 @@ impl Remote {
             asked: now,
             asked_first: now,
             kept: VecDeque::new(),
-            words: Vec::new(),
+            words: Words::default(),
             is_to_know: false,
             told: HashSet::new(),
             said: 0,
@@ -85,17 +85,27 @@ impl Remote {
         self.conns.iter().all(Option::is_some)
     }
 
+    /// May it be dialed now? Then it is, and not again before all its connections have come, one of them has failed, or there
+    /// was time enough for both.
+    pub fn dial(&mut self, now: Instant) -> bool {
+        let due = now >= self.next_dial;
+        if due {
+            self.next_dial = now + DIALING;
+        }
+        due
+    }
+
     /// True: it is the first time since it was reached.
     pub fn dial_failed(&mut self, now: Instant) -> bool {
         let first = self.backoff == BACKOFF.0;
-        self.dialing = false;
         self.next_dial = now + self.backoff;
         self.backoff = (self.backoff * 2).min(BACKOFF.1);
         first
     }
 
-    pub fn connected(&mut self) {
+    pub fn connected(&mut self, now: Instant) {
         self.backoff = BACKOFF.0;
+        self.next_dial = now;
     }
 
     /// Is it time to ask whether it is there?
@@ -163,17 +173,9 @@ impl Remote {
         self.kept.push_back(datagram);
     }
 
-    /// Keeps a connection manager's message until the host is connected.
-    pub fn keep_word(&mut self, word: Vec<u8>) {
-        if self.words.len() < WORDS {
-            self.words.push(word);
-        }
-    }
-
+    /// What is to be sent now that it is connected.
     pub fn take_kept(&mut self) -> Vec<Vec<u8>> {
-        let mut all = std::mem::take(&mut self.words);
-        all.extend(self.kept.drain(..));
-        all
+        self.words.unheard().chain(self.kept.drain(..)).collect()
     }
 }
 
@@ -182,13 +184,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_word_is_lost_while_a_host_is_connected() {
-        let mut host = Remote::new(Instant::now());
-        (0..2000u32).for_each(|word| host.keep_word(word.to_le_bytes().to_vec()));
-        (0..2000u32).for_each(|datagram| host.keep(datagram.to_le_bytes().to_vec()));
-        let kept = host.take_kept();
-        assert_eq!(kept.len(), 2000 + KEPT);
-        assert_eq!(kept[..2].concat(), [0, 0, 0, 0, 1, 0, 0, 0]);
+    fn a_host_is_dialed_once_at_a_time() {
+        let start = Instant::now();
+        let mut host = Remote::new(start);
+        assert!(host.dial(start) && !host.dial(start + DIALING / 2) && host.dial(start + DIALING));
+        host.connected(start + DIALING);
+        assert!(host.dial(start + DIALING), "after that, it was lost");
+        assert!(host.dial_failed(start + DIALING));
+        assert!(!host.dial(start + DIALING) && host.dial(start + DIALING + BACKOFF.0));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of the protocol; a hello of another one ends the connection.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Most payload of one message: what a small operation may have to wait for.
 pub const FRAGMENT: u32 = 256 << 10;
 /// Payload of messages that are not data, at most.
@@ -57,13 +57,15 @@ kinds! {
     /// Are you there?
     Ping = 13 up_to 0;
     Pong = 14 up_to 0;
-    /// Connection manager: payload is its own business.
+    /// Connection manager: payload is its own business. `seq`: one more than that of the one before.
     Cm = 15 up_to CONTROL;
     /// A container is in a multicast group, or not ([`membership`] in `status`): payload [`Opening`], from its address to the
     /// group's, and the tenant.
     Member = 16 up_to 256;
     /// All `Member`s up to `seq` were heard.
     Known = 17 up_to 0;
+    /// All `Cm`s up to `seq` were heard.
+    CmHeard = 18 up_to 0;
 }
 
 /// The first bytes of each message.
