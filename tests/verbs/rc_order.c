@@ -179,6 +179,47 @@ static void completions_do_not_hide_others(void)
 	OK(ibv_destroy_cq(cq));
 }
 
+/* ibv_poll_cq(3): fewer than were asked for means that there are no more. Programs rely on it before they sleep. */
+static void fewer_than_asked_for_means_no_more(void)
+{
+	enum { QPS = 10 };
+	struct ibv_cq *cq = MADE(ibv_create_cq(ctx, 256, NULL, NULL, 0));
+	struct end_cfg c = { .cq = cq, .len = 4096 };
+	struct pair p[QPS];
+
+	for (int q = 0; q < QPS; q++) {
+		p[q] = pair_open(NULL, &c);
+		for (int i = 0; p[q].b && i < 2; i++)
+			OK(post_receive(p[q].b, q, 64, 64));
+	}
+	sync_ends();
+	/* One that had something is looked at first. */
+	if (p[0].a) {
+		OK(post_op(p[0].a, IBV_WR_SEND, 1, 0, 0, 64, 0));
+		WANT(p[0].a->scq, 1, IBV_WC_SUCCESS);
+	}
+	if (p[0].b)
+		WANT(cq, 0, IBV_WC_SUCCESS);
+	sync_ends();
+	for (int q = 0; q < QPS && p[q].a; q++) {
+		OK(post_op(p[q].a, IBV_WR_SEND, 2, 0, 0, 64, 0));
+		WANT(p[q].a->scq, 2, IBV_WC_SUCCESS);
+	}
+	sync_ends();
+	if (p[0].b) {
+		struct ibv_wc wc[2 * QPS];
+		EQ(ibv_poll_cq(cq, 2 * QPS, wc), QPS);
+	}
+	sync_ends();
+	for (int q = 0; q < QPS; q++) {
+		if (p[q].a)
+			end_destroy(p[q].a);
+		if (p[q].b)
+			end_destroy(p[q].b);
+	}
+	OK(ibv_destroy_cq(cq));
+}
+
 /* ---- many small messages ----------------------------------------------------------------------------------------- */
 
 static void ping_pong(void)
@@ -383,6 +424,7 @@ static const struct test_case cases[] = {
 	{ "completion_order", completion_order, 0 },
 	{ "eight_qps_one_cq", eight_qps_one_cq, 0 },
 	{ "completions_do_not_hide_others", completions_do_not_hide_others, 0 },
+	{ "fewer_than_asked_for_means_no_more", fewer_than_asked_for_means_no_more, 0 },
 	{ "ping_pong", ping_pong, 0 },
 	{ "stream_both_ways", stream_both_ways, 0 },
 	{ "send_queue_full", send_queue_full, 0 },

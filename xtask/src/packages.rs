@@ -69,6 +69,7 @@ pub const UCX: &[Package] = &[
     ("libmpich-dev", "mpicc of MPICH"),
     ("python3-venv", "fetches PyPI's wheels of UCX and MPI"),
     ("xz-utils", "unpacks UCX's source package"),
+    ("valgrind", "headers that UCX's own include"),
 ];
 /// What fetches NCCL's own library, which must load our plugin.
 pub const NCCL: &[Package] =

@@ -205,17 +205,18 @@ impl Cq {
     /// that its cache line changes hands twice, which costs more than the message itself; a mark that is there already costs
     /// its maker little.
     fn poll_dirty(&self, inner: &mut Inner, out: &mut [Wc]) -> usize {
-        let mut looked_at = 0;
+        let (mut filled, mut looked_at) = (0, 0);
         if inner.looks < LOOKS {
-            let filled = self.turn(inner, inner.ready.len(), out);
-            if filled > 0 || out.is_empty() {
+            filled = self.turn(inner, inner.ready.len(), out);
+            if filled == out.len() {
                 return filled;
             }
             looked_at = inner.ready.len();
         }
+        // Fewer than there is room for means that there are no more: programs rely on that before they sleep.
         self.take_marks(inner);
         inner.ready.rotate_left(looked_at);
-        self.turn(inner, inner.ready.len() - looked_at, out)
+        filled + self.turn(inner, inner.ready.len() - looked_at, &mut out[filled..])
     }
 
     fn take_marks(&self, inner: &mut Inner) {

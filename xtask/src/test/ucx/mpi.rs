@@ -118,6 +118,9 @@ pub fn by_exec(place: Place) -> Outcome {
     let program = work.path("check");
     let source = layout::root().join("examples/mpi/check.c");
     compile_with(Command::new("mpicc.openmpi"), &source, &program, &[])?;
+    // The containers' daemons want to find the agent, too, and their users may not see this tree.
+    let agent = work.path("freeflow");
+    std::fs::copy(layout::freeflow(), &agent).map_err(|error| format!("{}: {error}", agent.display()))?;
     // Not the first ones: other labs on this machine may have containers of the same names.
     let (count, [first, second]) = match place {
         Place::OneHost => ("8", ["c7", "c8"]),
@@ -143,7 +146,7 @@ pub fn by_exec(place: Place) -> Outcome {
             "mpirun.openmpi",
             "--allow-run-as-root",
         ]);
-        command.args(["--mca", "plm_rsh_agent", &format!("{} exec", layout::freeflow().display())]);
+        command.args(["--mca", "plm_rsh_agent", &format!("{} exec", agent.display())]);
         command.args(["-np", "4", "--host", &format!("{first}:2,{second}:2"), "-x", "UCX_TLS=ff,self"]);
         command.args(Mpi::Open.arguments()).arg(&program);
         right_data(&finished(&mut command)?, 4)
