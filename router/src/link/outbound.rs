@@ -223,7 +223,7 @@ impl Engine {
             };
             let tenant = process.tenant.clone();
             let message = [header.as_bytes(), addresses.as_bytes(), tenant.as_bytes(), &payload].concat();
-            hosts.iter().for_each(|host| self.post(host, message.clone(), now, Remote::keep));
+            hosts.iter().for_each(|host| self.post(host, message.clone(), now));
         }
     }
 
@@ -255,14 +255,14 @@ impl Engine {
         Ok(())
     }
 
-    /// Sends a message to a host, or has it kept until that is connected.
-    fn post(&mut self, host: &Arc<str>, message: Vec<u8>, now: Instant, keep: fn(&mut Remote, Vec<u8>)) {
+    /// Sends a datagram to a host, or has it kept until that is connected.
+    fn post(&mut self, host: &Arc<str>, datagram: Vec<u8>, now: Instant) {
         self.reach(host, now);
         let Some(remote) = self.remotes.get_mut(host) else { return };
         let prompt = remote.conns[PROMPT].filter(|_| remote.is_up());
         match prompt.and_then(|index| self.conns.get_mut(index)?.as_mut()) {
-            Some(conn) => conn.send_raw(&message),
-            None => keep(remote, message),
+            Some(conn) => conn.send_raw(&datagram),
+            None => remote.keep(datagram),
         }
     }
 }
