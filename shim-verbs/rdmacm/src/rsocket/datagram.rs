@@ -8,7 +8,6 @@ mod lookup;
 mod ports;
 
 use std::collections::HashMap;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,7 +21,7 @@ use super::api::{self, read_address};
 use super::cm::Cm;
 use super::socket::{Body, Socket};
 use super::table;
-use super::wait::{self, Deadline};
+use super::wait::{self, Deadline, Fds};
 use crate::address;
 use crate::edge::{Errno, Result};
 use crate::resolve;
@@ -231,7 +230,7 @@ impl Datagram {
         self.ports.as_mut().is_some_and(Ports::arm)
     }
 
-    pub fn fds(&self, fds: &mut Vec<RawFd>) {
+    pub fn fds(&self, fds: &mut Fds) {
         fds.extend(self.asked().map(Lookup::fd));
         fds.extend(self.ports.as_ref().map(Ports::fd));
     }

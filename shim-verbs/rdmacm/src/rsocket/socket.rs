@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::io::fcntl_dupfd_cloexec;
+use smallvec::SmallVec;
 
 use super::cm::{Cm, Request};
 use super::datagram::Datagram;
 use super::options::Options;
 use super::stream::socket::Stream;
-use super::wait::{self, Bell};
+use super::wait::{self, Bell, Fds};
 use crate::edge::{Errno, Result};
 
 /// What kind of socket, and how far it is.
@@ -29,7 +30,7 @@ pub struct State {
     pub body: Body,
     pub options: Options,
     /// Bells of the threads that sleep until something happens here.
-    pub waiters: Vec<Bell>,
+    pub waiters: SmallVec<[Bell; 2]>,
 }
 
 /// A socket.
@@ -125,7 +126,7 @@ impl Socket {
     }
 
     fn new(domain: i32, options: Options, body: Body) -> Arc<Socket> {
-        let state = Mutex::new(State { body, options, waiters: Vec::new() });
+        let state = Mutex::new(State { body, options, waiters: SmallVec::new() });
         let (nonblocking, fd_flags) = (AtomicBool::new(false), AtomicI32::new(0));
         let turn = Turn::default();
         Arc::new(Socket { number: OnceLock::new(), domain, nonblocking, fd_flags, turn, state })
@@ -211,7 +212,7 @@ impl State {
         self.tell(any);
     }
 
-    pub fn fds(&self, fds: &mut Vec<RawFd>) {
+    pub fn fds(&self, fds: &mut Fds) {
         match &self.body {
             Body::Stream(stream) => stream.fds(fds),
             Body::Datagram(datagram) => datagram.fds(fds),

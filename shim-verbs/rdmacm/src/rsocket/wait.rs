@@ -2,6 +2,9 @@
 //!
 //! A sleeping thread polls the descriptors of its sockets and a bell of its own. Whoever takes an event out of a socket
 //! rings for the other threads that wait for that socket: the event may have been theirs.
+//!
+//! Waiting for one socket allocates nothing: a call that is left by longjmp(3) while malloc(3) holds its lock would take the
+//! program's memory along.
 
 use std::cell::OnceCell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -10,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use libc::{POLLERR, POLLHUP, POLLNVAL};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use smallvec::{SmallVec, smallvec};
 
 use super::socket::Socket;
 use crate::edge::{Errno, Result};
@@ -72,6 +76,9 @@ thread_local! {
     static BELL: OnceCell<Bell> = const { OnceCell::new() };
 }
 
+/// Descriptors, without an allocation for those of one socket.
+pub type Fds = SmallVec<[RawFd; 4]>;
+
 /// The calling thread's bell.
 fn bell() -> Result<Bell> {
     let ours = BELL.try_with(|bell| match bell.get() {
@@ -116,8 +123,10 @@ pub fn many(entries: &mut [Entry], deadline: Deadline) -> Result<usize> {
         }
     }
     let bell = bell()?;
-    let sockets: Vec<Arc<Socket>> = entries.iter().filter_map(|entry| entry.socket.clone()).collect();
-    let _seats = sockets.iter().map(|socket| Seat::take(socket, &bell)).collect::<Result<Vec<_>>>()?;
+    let sockets: SmallVec<[Arc<Socket>; 1]> =
+        entries.iter().filter_map(|entry| entry.socket.clone()).collect();
+    let _seats =
+        sockets.iter().map(|socket| Seat::take(socket, &bell)).collect::<Result<SmallVec<[_; 1]>>>()?;
     loop {
         sockets.iter().try_for_each(|socket| socket.lock().map(|mut state| state.arm()))?;
         let ready = sweep(entries)?;
@@ -164,10 +173,10 @@ fn sweep_others(entries: &mut [Entry]) -> Result<()> {
 
 /// Sleeps until something may have happened.
 fn sleep(entries: &[Entry], bell: &Bell, deadline: Deadline) -> Result<()> {
-    let mut list = vec![polled(bell.as_raw_fd(), PollFlags::IN)];
-    let mut owners = vec![None];
+    let mut list: SmallVec<[_; 8]> = smallvec![polled(bell.as_raw_fd(), PollFlags::IN)];
+    let mut owners: SmallVec<[_; 8]> = smallvec![None];
     for entry in entries {
-        let mut fds = Vec::new();
+        let mut fds = Fds::new();
         match &entry.socket {
             Some(socket) => {
                 socket.lock()?.fds(&mut fds);

@@ -18,7 +18,7 @@ use crate::id::field;
 use crate::resolve;
 use crate::rsocket::cm::{Cm, Event, Request};
 use crate::rsocket::socket::Socket;
-use crate::rsocket::wait::FLUSHED;
+use crate::rsocket::wait::{FLUSHED, Fds};
 
 /// How far a socket is.
 #[derive(Debug)]
@@ -379,7 +379,7 @@ impl Stream {
         }
     }
 
-    pub fn fds(&self, fds: &mut Vec<RawFd>) {
+    pub fn fds(&self, fds: &mut Fds) {
         match self.phase {
             Phase::Connecting | Phase::Accepting => fds.push(self.cm.fd()),
             Phase::Connected => {
