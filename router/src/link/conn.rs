@@ -62,8 +62,8 @@ pub struct Conn {
     pub host: Arc<str>,
     /// 0 or 1, once the other side has said which.
     pub channel: Option<usize>,
-    /// This side began it.
-    pub dialed: bool,
+    /// This side began it, by that attempt.
+    pub dialed: Option<u32>,
     pub readable: bool,
     pub writable: bool,
     input: Vec<u8>,
@@ -78,7 +78,7 @@ pub struct Conn {
 }
 
 impl Conn {
-    pub fn new(stream: Stream, host: Arc<str>, dialed: bool, channel: Option<usize>) -> Self {
+    pub fn new(stream: Stream, host: Arc<str>, dialed: Option<u32>, channel: Option<usize>) -> Self {
         Conn {
             stream,
             host,

@@ -182,7 +182,9 @@ pub struct Engine {
     /// A host has heard of a group, or cannot be reached: somebody may wait for that.
     pub learned: bool,
     /// Hosts to dial.
-    pub to_dial: Vec<Arc<str>>,
+    pub to_dial: Vec<(Arc<str>, u32)>,
+    /// Some host is wanted, and not connected.
+    pub reaching: bool,
     /// For the connection manager, whose lock comes before this one: what other hosts' say, and which of those are gone.
     pub cm_inbox: Vec<(Arc<str>, Vec<u8>)>,
     pub hosts_gone: Vec<Arc<str>>,
@@ -210,6 +212,7 @@ impl Engine {
             seed,
             learned: false,
             to_dial: Vec::new(),
+            reaching: false,
             cm_inbox: Vec::new(),
             hosts_gone: Vec::new(),
         }
@@ -453,9 +456,9 @@ impl Engine {
         }
     }
 
-    /// It comes nearer when something is owed.
+    /// It comes nearer when something is owed, or a host is not reached yet.
     fn next_tick(&self) -> Instant {
-        self.ticked + if self.busy.is_empty() { CALM_TICK } else { TICK }
+        self.ticked + if self.busy.is_empty() && !self.reaching { CALM_TICK } else { TICK }
     }
 
     /// Before sleeping: whoever submits from now on rings. False: something came meanwhile.

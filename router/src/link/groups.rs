@@ -112,7 +112,9 @@ impl Engine {
         messages: impl FnOnce(&mut dyn FnMut() -> u32) -> Vec<Vec<u8>>,
     ) {
         let Some(remote) = self.remotes.get_mut(host) else { return };
-        let Some(conn) = remote.conns[PROMPT].and_then(|at| self.conns.get_mut(at)?.as_mut()) else { return };
+        let Some(conn) = remote.meeting.conn(PROMPT).and_then(|at| self.conns.get_mut(at)?.as_mut()) else {
+            return;
+        };
         let messages = messages(&mut || remote.next_said());
         messages.iter().for_each(|message| conn.send_raw(message));
     }

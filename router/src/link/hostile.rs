@@ -126,6 +126,9 @@ struct Attacker([UnixStream; CHANNELS]);
 
 impl Attacker {
     fn new(host: &mut Host, kind: QpType) -> Self {
+        for (name, attempt) in std::mem::take(&mut host.engine.to_dial) {
+            host.engine.dial_failed(&name, attempt); // it is the attacker who connects
+        }
         let wires: [UnixStream; CHANNELS] = std::array::from_fn(|channel| {
             let (mut theirs, ours) = UnixStream::pair().expect("socketpair");
             ours.set_nonblocking(true).expect("nonblocking");

@@ -8,6 +8,7 @@ use super::alive;
 use super::conn::{Conn, End};
 use super::engine::{Engine, Slot};
 use super::inbound::open_message;
+use super::meeting::{Attempt, Conns, Greeted};
 use super::remote::{CHANNELS, PROMPT, Remote, SILENCE};
 use super::wire::{Header, Kind, Malformed, VERSION};
 use super::words::Words;
@@ -27,22 +28,32 @@ impl Engine {
     /// Sees to it that there are connections to a host, now or soon.
     pub fn reach(&mut self, host: &Arc<str>, now: Instant) {
         let remote = self.remotes.entry(host.clone()).or_insert_with(|| Remote::new(now));
-        if !remote.is_up() && remote.dial(now) {
-            self.to_dial.push(host.clone());
+        self.reaching |= !remote.is_up();
+        if let Some(attempt) = remote.meeting.dial(now) {
+            self.to_dial.push((host.clone(), attempt));
         }
     }
 
     /// True: it is the first time since the host was reached.
-    pub fn dial_failed(&mut self, host: &Arc<str>) -> bool {
+    pub fn dial_failed(&mut self, host: &Arc<str>, attempt: u32) -> bool {
         let now = self.now();
         self.learned = true;
-        self.remotes.get_mut(host).is_some_and(|remote| remote.dial_failed(now))
+        let Some(remote) = self.remotes.get_mut(host) else { return false };
+        let first = !remote.meeting.has_failed();
+        let ended = remote.meeting.dial_failed(attempt, now);
+        ended.is_some_and(|ended| {
+            self.part(host, ended);
+            first
+        })
     }
 
     /// A connection that was dialed is there.
-    pub fn dialed(&mut self, stream: Stream, host: &Arc<str>, channel: usize) {
-        let mut conn = Conn::new(stream, host.clone(), true, None);
-        conn.send_bytes(&hello(channel, self.boot()), &[]);
+    pub fn dialed(&mut self, stream: Stream, host: &Arc<str>, attempt: u32, channel: usize) {
+        if !self.remotes.get(host).is_some_and(|remote| remote.meeting.is_dialing(attempt)) {
+            return;
+        }
+        let mut conn = Conn::new(stream, host.clone(), Some(attempt), None);
+        conn.send_bytes(&hello(channel, self.boot(), attempt), &[]);
         if let Err(errno) = self.add(conn) {
             tracing::warn!("cannot watch a connection to host {host}: {errno}");
         }
@@ -51,7 +62,7 @@ impl Engine {
     /// Another router connected.
     pub fn accepted(&mut self, stream: Stream) {
         let host = stream.peer().clone();
-        let conn = Conn::new(stream, host.clone(), false, None);
+        let conn = Conn::new(stream, host.clone(), None, None);
         if let Err(errno) = self.add(conn) {
             tracing::warn!("cannot watch a connection from host {host}: {errno}");
         }
@@ -64,51 +75,49 @@ impl Engine {
             tracing::warn!("host {} speaks version {} of the protocol, not {VERSION}", conn.host, header.seq);
             return Err(Malformed::Content("a hello of another version").into());
         }
-        let (host, own) = (conn.host.clone(), self.own_name());
-        self.met(&host, header.a, now);
+        let (host, lower) = (conn.host.clone(), *self.own_name() < *conn.host);
+        self.met(&host, header.a, conn.dialed, now);
+        let of = conn.dialed.map_or(Attempt::Theirs(header.b as u32), Attempt::Ours);
         let remote = self.remotes.entry(host.clone()).or_insert_with(|| Remote::new(now));
-        let rival = remote.conns[channel].and_then(|at| self.conns.get(at)?.as_ref());
-        // Of two connections that crossed, the one counts that the host with the lower name dialed.
-        let loses = |dialed: bool| dialed != (*own < *host);
-        if rival.is_some_and(|rival| rival.dialed != conn.dialed && loses(conn.dialed)) {
-            return Err(End::Closed);
+        match remote.meeting.greeted(index, channel, of, lower, now) {
+            Greeted::Refused => return Err(End::Closed),
+            Greeted::Counts { ended } => self.part(&host, ended),
         }
         conn.channel = Some(channel);
-        if !conn.dialed {
-            let boot = self.boot();
-            conn.send_bytes(&hello(channel, boot), &[]);
+        if let Attempt::Theirs(attempt) = of {
+            conn.send_bytes(&hello(channel, self.boot(), attempt), &[]);
         }
         let Some(remote) = self.remotes.get_mut(&host) else { return Ok(()) };
-        let before = remote.conns[channel].replace(index);
         remote.heard = now;
-        if let Some(old) = before.filter(|old| *old != index) {
-            self.conns[old] = None;
-        }
-        tracing::debug!("host {host}: channel {channel} is there (dialed here: {})", conn.dialed);
-        if self.remotes.get(&host).is_some_and(|remote| remote.is_up()) {
-            self.up(index, conn, &host, now);
+        tracing::debug!("host {host}: channel {channel} is there ({of:?})");
+        if remote.is_up() {
+            self.up(index, conn, &host);
         }
         Ok(())
     }
 
-    /// Another start of a host's router knows nothing of what was.
-    fn met(&mut self, host: &Arc<str>, boot: u64, now: Instant) {
+    /// Another start of a host's router knows nothing of what was. `ours`: the attempt by which it was met.
+    fn met(&mut self, host: &Arc<str>, boot: u64, ours: Option<u32>, now: Instant) {
         let remote = self.remotes.entry(host.clone()).or_insert_with(|| Remote::new(now));
         if remote.boot.replace(boot).is_some_and(|before| before != boot) {
             tracing::info!("the router of host {host} has restarted");
-            let stale = std::mem::replace(&mut remote.conns, [None; CHANNELS]);
-            stale.into_iter().flatten().for_each(|at| self.conns[at] = None);
             remote.words = Words::default();
+            // An attempt that nobody has greeted was not with the earlier one.
+            let meeting = &mut remote.meeting;
+            if meeting.conns() != [None; CHANNELS] && !ours.is_some_and(|attempt| meeting.is_dialing(attempt))
+            {
+                let ended = meeting.end(now);
+                self.part(host, ended);
+            }
             self.hosts_gone.push(host.clone());
             self.end_of(host, |slot| slot.endpoint.responder.is_open() || slot.endpoint.requester.is_open());
         }
     }
 
     /// All channels are there: queue pairs say again who they are.
-    fn up(&mut self, index: usize, conn: &mut Conn, host: &Arc<str>, now: Instant) {
+    fn up(&mut self, index: usize, conn: &mut Conn, host: &Arc<str>) {
         let Some(remote) = self.remotes.get_mut(host) else { return };
-        remote.connected(now);
-        let (prompt, kept) = (remote.conns[PROMPT], remote.take_kept());
+        let (prompt, kept) = (remote.meeting.conn(PROMPT), remote.take_kept());
         let mut messages = self.introduce_groups(host);
         messages.extend(kept);
         for slot in self.slots.values_mut().filter(|slot| slot.host == *host && !slot.dead) {
@@ -130,17 +139,17 @@ impl Engine {
     /// Says to the peer of a new queue pair who that is.
     pub fn open(&mut self, qpn: u32) {
         let Some(slot) = self.slots.get_mut(&qpn) else { return };
-        let Some(remote) = self.remotes.get(&slot.host).filter(|remote| remote.is_up()) else { return };
+        let Some(remote) = self.remotes.get(&slot.host) else { return };
         let message = open_message(slot);
-        if let Some(conn) = remote.conns[PROMPT].and_then(|at| self.conns.get_mut(at)?.as_mut()) {
+        if let Some(conn) = remote.meeting.conn(PROMPT).and_then(|at| self.conns.get_mut(at)?.as_mut()) {
             conn.send_raw(&message);
         }
     }
 
     pub fn say_closed(&mut self, slot: &Slot, died: bool) {
-        let Some(remote) = self.remotes.get(&slot.host).filter(|remote| remote.is_up()) else { return };
+        let Some(remote) = self.remotes.get(&slot.host) else { return };
         let (from, to) = (slot.endpoint.qp.qpn, slot.endpoint.qp.dest_qpn);
-        if let Some(conn) = remote.conns[PROMPT].and_then(|at| self.conns.get_mut(at)?.as_mut()) {
+        if let Some(conn) = remote.meeting.conn(PROMPT).and_then(|at| self.conns.get_mut(at)?.as_mut()) {
             conn.send_bytes(&Header { status: u8::from(died), ..Header::new(Kind::Close, from, to) }, &[]);
         }
     }
@@ -155,33 +164,35 @@ impl Engine {
         self.tell(qpn, if died { Notice::PeerGone { qpn } } else { Notice::PeerLeft { qpn } });
     }
 
-    /// A connection ended. If it counted, its host is to be connected anew.
+    /// A connection ended, and those with it that are nothing without it. Their host is to be connected anew.
     pub fn lost(&mut self, index: usize, conn: Conn, end: &End) {
-        let host = conn.host.clone();
-        let now = self.now();
+        let (host, now) = (conn.host.clone(), self.now());
         let Some(remote) = self.remotes.get_mut(&host) else { return };
-        let counted = remote.conns.contains(&Some(index));
-        if !remote.is_up() && (counted || conn.dialed) {
-            remote.dial_failed(now); // it was one of an attempt
-        }
-        if !counted {
-            return;
-        }
+        let was_up = remote.is_up();
+        let Some(ended) = remote.meeting.lost(index, conn.dialed, now) else { return };
         match end {
             End::Malformed(_) => tracing::warn!("connection with host {host} ended: {end}"),
-            _ => tracing::info!("connection with host {host} ended: {end}"),
+            _ if was_up => tracing::info!("connection with host {host} ended: {end}"),
+            _ => tracing::debug!("an attempt to connect with host {host} ended: {end}"),
         }
         drop(conn);
-        self.down(&host);
+        self.part(&host, ended);
         if self.is_wanted(&host) {
             self.reach(&host, now);
         }
     }
 
-    fn down(&mut self, host: &Arc<str>) {
-        let Some(remote) = self.remotes.get_mut(host) else { return };
-        for index in std::mem::replace(&mut remote.conns, [None; CHANNELS]).into_iter().flatten() {
-            self.conns[index] = None;
+    /// Connections do not count any more, nor any of an attempt that was given up.
+    fn part(&mut self, host: &Arc<str>, ended: Conns) {
+        let Some(remote) = self.remotes.get(host) else { return };
+        let given_up = |conn: &mut Conn| {
+            conn.host == *host && conn.dialed.is_some_and(|attempt| !remote.meeting.is_dialing(attempt))
+        };
+        for (index, place) in self.conns.iter_mut().enumerate() {
+            place.take_if(|conn| ended.contains(&Some(index)) || given_up(conn));
+        }
+        if ended == [None; CHANNELS] {
+            return;
         }
         for slot in self.slots.values_mut().filter(|slot| slot.host == *host) {
             slot.endpoint.give_up();
@@ -222,6 +233,7 @@ impl Engine {
     /// Time has passed: silent hosts are asked, given up, dialed again; what waited too long fails.
     pub fn tick(&mut self, now: Instant) {
         let hosts: Vec<Arc<str>> = self.remotes.keys().cloned().collect();
+        self.reaching = false;
         let owing: std::collections::HashSet<Arc<str>> =
             self.busy.iter().filter_map(|qpn| Some(self.slots.get(qpn)?.host.clone())).collect();
         for host in hosts {
@@ -251,24 +263,30 @@ impl Engine {
 
     /// Is there anything for which the host must be connected?
     fn is_wanted(&self, host: &Arc<str>) -> bool {
-        let knows = self.remotes.get(host).is_some_and(|remote| remote.is_to_know);
-        knows || self.slots.values().any(|slot| slot.host == *host)
+        let waits = self.remotes.get(host).is_some_and(|remote| remote.is_to_know || remote.is_owed());
+        waits || self.slots.values().any(|slot| slot.host == *host)
     }
 
     fn look_after(&mut self, host: &Arc<str>, owes: bool, now: Instant) {
-        if self.remotes.get(host).is_some_and(|remote| !remote.is_up()) {
+        let Some(remote) = self.remotes.get_mut(host) else { return };
+        if !remote.is_up() {
+            if let Some(ended) = remote.meeting.expire(now) {
+                self.part(host, ended);
+            }
             if self.is_wanted(host) {
                 self.reach(host, now);
             }
             return;
         }
-        let Some(remote) = self.remotes.get_mut(host) else { return };
         if now >= remote.heard + SILENCE {
             tracing::info!("host {host} is silent: its connections are ended");
-            self.down(host);
+            let ended = remote.meeting.end(now);
+            self.part(host, ended);
             return;
         }
-        let Some(conn) = remote.conns[PROMPT].and_then(|at| self.conns.get_mut(at)?.as_mut()) else { return };
+        let Some(conn) = remote.meeting.conn(PROMPT).and_then(|at| self.conns.get_mut(at)?.as_mut()) else {
+            return;
+        };
         if remote.ask(owes, now) {
             conn.send_bytes(&Header::new(Kind::Ping, 0, 0), &[]);
         }
@@ -281,6 +299,6 @@ impl Engine {
     }
 }
 
-fn hello(channel: usize, boot: u64) -> Header {
-    Header { seq: VERSION, a: boot, ..Header::new(Kind::Hello, 0, channel as u32) }
+fn hello(channel: usize, boot: u64, attempt: u32) -> Header {
+    Header { seq: VERSION, a: boot, b: attempt.into(), ..Header::new(Kind::Hello, 0, channel as u32) }
 }

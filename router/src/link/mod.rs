@@ -13,6 +13,7 @@ mod groups;
 pub mod hostile;
 mod hosts;
 mod inbound;
+mod meeting;
 pub mod memory;
 mod outbound;
 mod priority;

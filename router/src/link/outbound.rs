@@ -55,7 +55,7 @@ impl Engine {
             return;
         }
         let Some(channel) = slot.choose(now) else { return };
-        if let Some(index) = remote.conns[channel].filter(|_| remote.is_up()) {
+        if let Some(index) = remote.meeting.conn(channel) {
             enqueue(&mut self.lines, slot, qpn, (index, channel));
         }
     }
@@ -235,7 +235,7 @@ impl Engine {
     pub fn send_cm(&mut self, host: &Arc<str>, bytes: &[u8]) {
         self.reach(host, self.now());
         let Some(remote) = self.remotes.get_mut(host) else { return };
-        let prompt = remote.conns[PROMPT].filter(|_| remote.is_up());
+        let prompt = remote.meeting.conn(PROMPT);
         let Some(message) = remote.words.say(bytes) else {
             tracing::warn!("host {host} answers no connection manager: a message for it is dropped");
             return;
@@ -259,7 +259,7 @@ impl Engine {
     fn post(&mut self, host: &Arc<str>, datagram: Vec<u8>, now: Instant) {
         self.reach(host, now);
         let Some(remote) = self.remotes.get_mut(host) else { return };
-        let prompt = remote.conns[PROMPT].filter(|_| remote.is_up());
+        let prompt = remote.meeting.conn(PROMPT);
         match prompt.and_then(|index| self.conns.get_mut(index)?.as_mut()) {
             Some(conn) => conn.send_raw(&datagram),
             None => remote.keep(datagram),
@@ -280,7 +280,7 @@ fn destinations(shared: &Shared, tenant: &Tenant, dest: Gid) -> Vec<Arc<str>> {
 /// Does a host not take what there is for it? Then its datagrams wait where they are.
 fn is_crowded(remotes: &HashMap<Arc<str>, Remote>, conns: &[Option<Conn>], host: &str) -> bool {
     let Some(remote) = remotes.get(host) else { return false };
-    match remote.conns[PROMPT].filter(|_| remote.is_up()).and_then(|at| conns.get(at)?.as_ref()) {
+    match remote.meeting.conn(PROMPT).and_then(|at| conns.get(at)?.as_ref()) {
         Some(conn) => !conn.has_room(),
         None => remote.is_full(),
     }

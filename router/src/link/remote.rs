@@ -3,6 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::meeting::Meeting;
 use super::requester::Nonsense;
 use super::words::Words;
 use crate::directory::Tenant;
@@ -15,10 +16,6 @@ pub const PROMPT: usize = 0;
 pub const BULK: usize = 1;
 /// Datagrams kept for a host while it is being connected.
 const KEPT: usize = 256;
-/// More than connecting to a host, and both greetings, may take.
-const DIALING: Duration = Duration::from_secs(20);
-/// Between attempts to reach a host.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// Asked whether it is there after such a silence, while something is owed by it, and while nothing is.
 const ANXIOUS: Duration = Duration::from_millis(50);
 const CALM: Duration = Duration::from_secs(1);
@@ -32,11 +29,8 @@ pub type Datagram = Vec<u8>;
 
 #[derive(Debug)]
 pub struct Remote {
-    /// Indices of its connections.
-    pub conns: [Option<usize>; CHANNELS],
-    /// Not dialed before then.
-    next_dial: Instant,
-    backoff: Duration,
+    /// Its connections.
+    pub meeting: Meeting,
     /// The start of its router that its connections are with.
     pub boot: Option<u64>,
     /// Its router was.
@@ -63,9 +57,7 @@ pub struct Remote {
 impl Remote {
     pub fn new(now: Instant) -> Self {
         Remote {
-            conns: [None; CHANNELS],
-            next_dial: now,
-            backoff: BACKOFF.0,
+            meeting: Meeting::new(now),
             boot: None,
             heard: now,
             acknowledged: now,
@@ -82,30 +74,12 @@ impl Remote {
     }
 
     pub fn is_up(&self) -> bool {
-        self.conns.iter().all(Option::is_some)
+        self.meeting.is_up()
     }
 
-    /// May it be dialed now? Then it is, and not again before all its connections have come, one of them has failed, or there
-    /// was time enough for both.
-    pub fn dial(&mut self, now: Instant) -> bool {
-        let due = now >= self.next_dial;
-        if due {
-            self.next_dial = now + DIALING;
-        }
-        due
-    }
-
-    /// True: it is the first time since it was reached.
-    pub fn dial_failed(&mut self, now: Instant) -> bool {
-        let first = self.backoff == BACKOFF.0;
-        self.next_dial = now + self.backoff;
-        self.backoff = (self.backoff * 2).min(BACKOFF.1);
-        first
-    }
-
-    pub fn connected(&mut self, now: Instant) {
-        self.backoff = BACKOFF.0;
-        self.next_dial = now;
+    /// Is there something for it that waits until it is connected?
+    pub fn is_owed(&self) -> bool {
+        !self.kept.is_empty() || self.words.are_unheard()
     }
 
     /// Is it time to ask whether it is there?
@@ -143,7 +117,7 @@ impl Remote {
     /// It is being reached, and keeps as many datagrams as it may: the next wait at their sender. (A host that could not be
     /// reached holds nobody up.)
     pub fn is_full(&self) -> bool {
-        self.kept.len() == KEPT && self.backoff == BACKOFF.0
+        self.kept.len() == KEPT && !self.meeting.has_failed()
     }
 
     /// The number of the next `Member`.
@@ -162,7 +136,7 @@ impl Remote {
 
     /// Will it soon know of groups what it does not know yet? (A host that could not be reached may never.)
     pub fn is_to_learn(&self) -> bool {
-        self.is_to_know && if self.is_up() { self.known != self.said } else { self.backoff == BACKOFF.0 }
+        self.is_to_know && if self.is_up() { self.known != self.said } else { !self.meeting.has_failed() }
     }
 
     /// Keeps a datagram until the host is connected; the oldest one goes if there are too many.
@@ -181,18 +155,8 @@ impl Remote {
 
 #[cfg(test)]
 mod tests {
+    use super::super::meeting::Attempt;
     use super::*;
-
-    #[test]
-    fn a_host_is_dialed_once_at_a_time() {
-        let start = Instant::now();
-        let mut host = Remote::new(start);
-        assert!(host.dial(start) && !host.dial(start + DIALING / 2) && host.dial(start + DIALING));
-        host.connected(start + DIALING);
-        assert!(host.dial(start + DIALING), "after that, it was lost");
-        assert!(host.dial_failed(start + DIALING));
-        assert!(!host.dial(start + DIALING) && host.dial(start + DIALING + BACKOFF.0));
-    }
 
     #[test]
     fn a_host_is_not_silent_before_it_was_asked() {
@@ -200,7 +164,9 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let mut host = Remote::new(start);
         assert!(host.was_asked(at(0)), "it is not connected");
-        host.conns = [Some(0), Some(1)];
+        for channel in 0..CHANNELS {
+            host.meeting.greeted(channel, channel, Attempt::Theirs(1), true, start);
+        }
         assert!(!host.was_asked(at(5000)), "it may have had nothing to say");
         assert!(
             !host.ask(true, at(49))

@@ -182,28 +182,28 @@ fn welcome(inner: &Arc<Inner>, fd: OwnedFd) {
 }
 
 /// Dials a host on a thread of its own.
-fn dial(inner: &Arc<Inner>, host: Arc<str>) {
+fn dial(inner: &Arc<Inner>, host: Arc<str>, attempt: u32) {
     let (dialer, name) = (inner.clone(), host.clone());
     let work = move || {
-        if let Err(why) = (0..CHANNELS).try_for_each(|channel| dial_channel(&dialer, &name, channel))
-            && dialer.change(|engine| engine.dial_failed(&name))
+        if let Err(why) = (0..CHANNELS).try_for_each(|channel| dial_channel(&dialer, &name, attempt, channel))
+            && dialer.change(|engine| engine.dial_failed(&name, attempt))
         {
             tracing::warn!("host {name} cannot be reached: {why}; it is tried again each second");
         }
     };
     if let Err(error) = std::thread::Builder::new().name("link-dial".into()).spawn(work) {
         tracing::warn!("cannot start a thread to reach host {host}: {error}");
-        inner.lock().dial_failed(&host);
+        inner.lock().dial_failed(&host, attempt);
     }
 }
 
-fn dial_channel(inner: &Inner, host: &Arc<str>, channel: usize) -> Result<(), String> {
+fn dial_channel(inner: &Inner, host: &Arc<str>, attempt: u32, channel: usize) -> Result<(), String> {
     let shared = inner.shared.upgrade().ok_or("the router stops")?;
     let cluster = shared.cluster.get().ok_or("this host is in no cluster")?;
     let known = cluster.hosts.by_name(host).ok_or("the directory does not have it")?;
     let tcp = TcpStream::connect_timeout(&known.addr, DIAL).map_err(|e| format!("{}: {e}", known.addr))?;
     let stream = cluster.security.connect(tcp, host).map_err(|e| e.to_string())?;
-    inner.change(|engine| engine.dialed(stream, host, channel));
+    inner.change(|engine| engine.dialed(stream, host, attempt, channel));
     Ok(())
 }
 
@@ -253,6 +253,6 @@ fn work(inner: &Arc<Inner>, events: &mut Vec<epoll::Event>) -> Duration {
         gone.into_iter().for_each(|host| manager.host_gone(host));
         cm.into_iter().for_each(|(host, bytes)| manager.far(host, bytes));
     }
-    hosts.into_iter().for_each(|host| dial(inner, host));
+    hosts.into_iter().for_each(|(host, attempt)| dial(inner, host, attempt));
     patience
 }

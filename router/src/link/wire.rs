@@ -29,7 +29,8 @@ macro_rules! kinds {
 }
 
 kinds! {
-    /// First on each connection, both ways. `seq`: version; `to`: channel; `a`: random per start of the router.
+    /// First on each connection, both ways. `seq`: version; `to`: channel; `a`: random per start of the router;
+    /// `b`: the attempt that the connection is of, as the side that dials counts them.
     Hello = 1 up_to 0;
     /// QP `from` is connected to QP `to`; payload [`Opening`] and the tenant. `seq`: the oldest request that may come;
     /// `epoch`: that of requests from now on; `a`: random per connection of the QP.

@@ -35,6 +35,10 @@ impl Words {
         self.unheard.back().map(Vec::as_slice)
     }
 
+    pub fn are_unheard(&self) -> bool {
+        !self.unheard.is_empty()
+    }
+
     /// The messages to send once more.
     pub fn unheard(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
         self.unheard.iter().cloned()
