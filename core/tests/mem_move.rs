@@ -173,7 +173,7 @@ fn stacks_of_other_threads_stay() {
 fn bad_ranges_fault() {
     watchdog();
     let pd = pd();
-    let m = Map::anon(6 * PAGE);
+    let m = Map::secluded(6 * PAGE);
     // SAFETY: a page of this test.
     assert_eq!(unsafe { libc::munmap(m.at.wrapping_add(2 * PAGE).cast(), PAGE) }, 0);
     for want in [REMOTE, LOCAL, NONE] {

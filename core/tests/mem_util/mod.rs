@@ -40,6 +40,18 @@ impl Map {
         inner
     }
 
+    /// Private anonymous memory where the kernel puts nothing of its own accord: a hole made in it stays one, whatever other
+    /// threads map meanwhile. One at a time.
+    pub fn secluded(len: usize) -> Map {
+        const AT: usize = 0x2000_0000_0000;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let at = std::ptr::without_provenance_mut(AT);
+        // SAFETY: replaces nothing.
+        let at = unsafe { libc::mmap(at, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        assert_eq!(at.addr(), AT, "{}", std::io::Error::last_os_error());
+        Map { at: at.cast(), len }
+    }
+
     /// The PD's file, seen as a peer sees it.
     pub fn file(pd: &PdMemory, off: u64, len: usize) -> Map {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
