@@ -20,7 +20,8 @@ use super::qp::Qp;
 /// late when the peer deregisters goes to pages that nobody uses again if the peer retires them.
 #[derive(Debug)]
 pub struct Window {
-    mrs: View<MrEntry>,
+    /// The key's entry in the peer's table.
+    entry: View<MrEntry>,
     qp: View<QpShared>,
     key: u32,
     access: Access,
@@ -38,7 +39,7 @@ impl Window {
     pub fn at(&self, addr: u64, len: u64) -> Option<*mut u8> {
         let offset = addr.wrapping_sub(self.from);
         let inside = offset <= self.len && len <= self.len - offset;
-        (inside && self.mrs[slot_of(self.key)].is(self.key))
+        (inside && self.entry[0].is(self.key))
             .then(|| self.map.base().wrapping_add(self.offset + offset as usize))
     }
 
@@ -88,16 +89,16 @@ impl Qp {
         }
         self.with_peer(|peer| {
             let access = Access::from_bits_truncate(peer.qp[0].access.load(Ordering::Relaxed));
-            let entry = &peer.mrs[slot_of(rkey)];
+            let entry = peer.mrs.only(slot_of(rkey)).ok_or_else(absent)?;
             let bad = || Error::BadAddress { addr, len, why: "not what the peer's key grants" };
-            let va = entry.check(rkey, peer.pd, need, addr, len).filter(|_| access.contains(need));
-            let (va, view) = va.zip(entry.read(rkey)).ok_or_else(bad)?;
+            let va = entry[0].check(rkey, peer.pd, need, addr, len).filter(|_| access.contains(need));
+            let (va, view) = va.zip(entry[0].read(rkey)).ok_or_else(bad)?;
             let unmapped = Error::Unsupported("windows to memory that is not mapped here");
             let extent = view.extents().iter().find(|e| e.holds(va, len)).ok_or(unmapped)?;
             let map = peer.memory.window(extent).map_err(Error::system("mmap of a peer's memory"))?;
             let (low, high) = common(&view, extent).ok_or_else(bad)?;
             Ok(Window {
-                mrs: peer.mrs.clone(),
+                entry,
                 qp: peer.qp.clone(),
                 key: rkey,
                 access: view.access,

@@ -164,6 +164,12 @@ impl<T: Shared> View<T> {
         Some(View { first, count, map })
     }
 
+    /// A view of one of them.
+    pub fn only(&self, index: usize) -> Option<Self> {
+        let first = NonNull::from(self.get(index)?);
+        Some(View { first, count: 1, map: Arc::clone(&self.map) })
+    }
+
     /// The mapping it is a view of.
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.map

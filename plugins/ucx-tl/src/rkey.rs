@@ -66,15 +66,20 @@ impl Rkey {
     /// Where `[addr, addr+len)` of the peer is in this process, if it is mapped here, the key lives and grants `need`.
     #[inline]
     pub fn near(&self, ep: &Ep, need: Access, addr: u64, len: u64) -> Option<*mut u8> {
-        if let Some(near) = &*self.near.borrow()
-            && near.ep == ep.serial
-            && near.window.access().contains(need)
-            && let Some(at) = near.window.at(addr, len)
-        {
-            near.window.count(len);
-            return Some(at);
+        self.known(ep, need, addr, len).or_else(|| self.look(ep, need, addr, len))
+    }
+
+    /// The same, if the key's last use says so.
+    #[inline(always)]
+    pub fn known(&self, ep: &Ep, need: Access, addr: u64, len: u64) -> Option<*mut u8> {
+        let near = self.near.borrow();
+        let Near { ep: last, window } = near.as_ref()?;
+        if *last != ep.serial || !window.access().contains(need) {
+            return None;
         }
-        self.look(ep, need, addr, len)
+        let at = window.at(addr, len)?;
+        window.count(len);
+        Some(at)
     }
 
     /// The same, and what keeps the pointer good after the call.

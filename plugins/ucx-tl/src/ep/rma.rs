@@ -155,6 +155,19 @@ pub unsafe extern "C" fn put_short(
     // SAFETY: a key of ours.
     let rkey = unsafe { Rkey::from_raw(rkey) };
     let (from, len) = (from.cast::<u8>(), len as usize);
+    if ep.may_access()
+        && let Some(to) = rkey.known(ep, PUT, addr, len as u64)
+    {
+        // SAFETY: UCX's bytes, and the peer's range, mapped and checked by known().
+        unsafe { copy_short(from, to, len) };
+        return Status::OK;
+    }
+    put_short_otherwise(ep, from, len, addr, rkey)
+}
+
+/// The first by this key, or one to memory that is not mapped here, or one that may not be started.
+#[cold]
+fn put_short_otherwise(ep: &Ep, from: *const u8, len: usize, addr: u64, rkey: &Rkey) -> Status {
     if !ep.may_access() {
         return ep.obstacle();
     }

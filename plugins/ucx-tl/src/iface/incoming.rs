@@ -110,6 +110,11 @@ impl Incoming {
         Some((self.memory.addr() as *mut u8).wrapping_add(pool_offset(self.slots) + place))
     }
 
+    #[inline]
+    pub fn has_message(&self) -> bool {
+        self.receiver.get().peek(self.fifo()).is_some()
+    }
+
     /// Takes what is there, up to a fair share. Returns how many messages.
     #[inline]
     pub fn poll(&self, iface: &Iface) -> u32 {
@@ -213,8 +218,7 @@ impl Incoming {
 
     /// Is there nothing more to expect?
     pub fn is_over(&self) -> bool {
-        self.ended.get()
-            || (self.qp.state() == QpState::Err && self.receiver.get().peek(self.fifo()).is_none())
+        self.ended.get() || (self.qp.state() == QpState::Err && !self.has_message())
     }
 
     /// Before sleeping. False: a message is there.

@@ -17,38 +17,56 @@ use crate::uct::symbols::Level;
 use crate::uct::types::{Completion, Status, event};
 use crate::wire::{Datagram, kind};
 
-/// Calls between two looks into the completion queue where nothing is expected nor marked.
-const SELDOM: u32 = 64;
-/// Looks at the queue between two looks for failed endpoints.
+/// Calls between two looks for failed endpoints, and into the completion queue where nothing is expected nor marked.
 const RARELY: u32 = 1024;
+/// Calls after which a program that waits in vain offers its processor, to one that waits for it maybe.
+const PATIENCE: u32 = 1 << 16;
 /// Completions taken at a time.
 const BATCH: usize = 16;
 
-/// `iface_progress`.
+/// `iface_progress`. A program that waits for its own memory to change looks there once for each call: where there is
+/// nothing to do, it must be short.
 pub unsafe extern "C" fn progress(iface: *mut c_void) -> c_uint {
     // SAFETY: an interface of ours.
     let iface = unsafe { Iface::from_raw(iface) };
-    let mut done = iface.poll_fifos();
-    let tick = iface.ticks.get().wrapping_add(1);
-    iface.ticks.set(tick);
-    if iface.cq.is_marked() || iface.expects_completions() || tick.is_multiple_of(SELDOM) {
-        done += iface.poll_queue();
-        if tick.is_multiple_of(RARELY) {
-            iface.look_for_failures();
-        }
-    }
-    if iface.work.get() {
-        done += iface.work();
-    }
-    done
+    iface.ticks.set(iface.ticks.get().wrapping_add(1));
+    if iface.has_message() || iface.is_queue_due() || iface.work.get() { iface.advance() } else { 0 }
 }
 
 impl Iface {
-    fn expects_completions(&self) -> bool {
-        self.queued.get() || self.connecting.get() != 0
+    #[inline]
+    fn has_message(&self) -> bool {
+        self.incoming.borrow().iter().any(|(_, connection)| connection.has_message())
     }
 
     #[inline]
+    fn is_queue_due(&self) -> bool {
+        let expected = self.queued.get() || self.connecting.get() != 0;
+        self.cq.is_marked() || expected || self.is_time_to_look()
+    }
+
+    fn is_time_to_look(&self) -> bool {
+        self.ticks.get().is_multiple_of(RARELY)
+    }
+
+    #[inline(never)]
+    fn advance(&self) -> u32 {
+        let mut done = self.poll_fifos();
+        if self.is_queue_due() {
+            done += self.poll_queue();
+            if self.is_time_to_look() {
+                self.look_for_failures();
+            }
+        }
+        if self.work.get() {
+            done += self.work();
+        }
+        if done == 0 && self.ticks.get().is_multiple_of(PATIENCE) {
+            std::thread::yield_now();
+        }
+        done
+    }
+
     fn poll_fifos(&self) -> u32 {
         let incoming = self.incoming.borrow();
         incoming.iter().map(|(_, connection)| connection.poll(self)).sum()
@@ -103,7 +121,7 @@ impl Iface {
         if self.connecting.get() != 0 {
             self.repeat_requests();
         }
-        if self.ticks.get().is_multiple_of(RARELY) || done > 0 {
+        if self.is_time_to_look() || done > 0 {
             self.drop_ended();
         }
         done
