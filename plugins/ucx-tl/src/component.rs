@@ -4,6 +4,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
+use crate::device::{Device, Resource};
 use crate::uct::abi::Version;
 use crate::uct::symbols::{Level, Parser, Ucx};
 use crate::uct::types::Status;
@@ -12,11 +13,6 @@ use crate::{iface, md, rkey};
 /// Component, transport and prefix of the variables.
 const NAME: &[u8] = b"ff";
 const PREFIX: &CStr = c"FF_";
-/// The device as verbs programs know it, with its port.
-pub const DEVICE: &CStr = c"ff0:1";
-/// `UCT_DEVICE_TYPE_NET`, `UCS_SYS_DEVICE_ID_UNKNOWN`.
-const DEVICE_NET: c_uint = 0;
-const ANY_SYS_DEVICE: u8 = u8::MAX;
 
 /// Zeroed memory that is UCX's from now on, written at offsets.
 struct Blob(*mut u8);
@@ -158,8 +154,15 @@ fn iface_table(ucx: &Ucx) -> Result<*const c_void, String> {
         Field {
             name: c"SEG_SIZE",
             default: c"8256",
-            doc: Some(c"Longest active message; longer ones are sent in fragments or by rendezvous."),
+            doc: Some(c"Longest active message to a peer of this host; longer ones are sent in fragments or by rendezvous."),
             offset: offset_of!(iface::Config, seg_size),
+            parser: parsers.memory()?,
+        },
+        Field {
+            name: c"NET_SEG_SIZE",
+            default: c"33024",
+            doc: Some(c"The same to a peer of another host."),
+            offset: offset_of!(iface::Config, net_seg_size),
             parser: parsers.memory()?,
         },
         Field {
@@ -181,6 +184,13 @@ fn iface_table(ucx: &Ucx) -> Result<*const c_void, String> {
             default: c"12000MBs",
             doc: Some(c"Bandwidth of one copy, from which UCX computes its thresholds."),
             offset: offset_of!(iface::Config, bandwidth),
+            parser: parsers.bandwidth()?,
+        },
+        Field {
+            name: c"NET_BW",
+            default: c"1800MBs",
+            doc: Some(c"Bandwidth to other hosts, likewise."),
+            offset: offset_of!(iface::Config, net_bandwidth),
             parser: parsers.bandwidth()?,
         },
     ];
@@ -276,14 +286,26 @@ unsafe extern "C" fn query_md_resources(
     }
 }
 
-/// `query_devices`: the one device.
-unsafe extern "C" fn query_devices(md: *mut c_void, devices: *mut *mut c_void, count: *mut c_uint) -> Status {
-    // SAFETY: UCX calls it on a memory domain of ours.
-    let call = &unsafe { md::Md::from_raw(md) }.ucx.call;
-    // SAFETY: UCX's own function with UCX's own arguments.
-    unsafe {
-        (call.uct_single_device_resource)(md, DEVICE.as_ptr(), DEVICE_NET, ANY_SYS_DEVICE, devices, count)
+/// `query_devices`.
+unsafe extern "C" fn query_devices(
+    _md: *mut c_void,
+    devices: *mut *mut Resource,
+    count: *mut c_uint,
+) -> Status {
+    // SAFETY: memory that UCX gives to free().
+    let list = unsafe { libc::calloc(Device::ALL.len(), size_of::<Resource>()) }.cast::<Resource>();
+    if list.is_null() {
+        return Status::NO_MEMORY;
     }
+    for (i, device) in Device::ALL.into_iter().enumerate() {
+        // SAFETY: the list has a place for each.
+        unsafe { list.wrapping_add(i).write(Resource::of(device)) };
+    }
+    // SAFETY: UCX's places for the results.
+    unsafe { devices.write(list) };
+    // SAFETY: as above.
+    unsafe { count.write(Device::ALL.len() as c_uint) };
+    Status::OK
 }
 
 unsafe extern "C" fn cm_open(

@@ -2,6 +2,7 @@
 //!
 //! * [`uct`]: UCX's interface as plain Rust; knows nothing of FreeFlow.
 //! * [`component`]: what UCX's lists get: component, transport, configuration.
+//! * [`device`]: what interfaces are opened on: which peers each leads to.
 //! * [`md`], [`rkey`]: memory: registration, allocation, remote keys.
 //! * [`iface`]: a worker's end: address, progress, events, what it can do and how fast.
 //! * [`ep`]: a way to one peer: active messages, put, get, atomics, the pending queue, flush.
@@ -12,6 +13,7 @@
 
 mod component;
 mod connect;
+mod device;
 mod ep;
 mod iface;
 mod md;

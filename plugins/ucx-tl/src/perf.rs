@@ -1,16 +1,61 @@
-//! How fast the transport is, as UCX asks: measured on the direct path (docs/ucx.md), so that its choices are right there.
+//! How fast the transport is, as UCX asks: measured on each device's path (docs/ucx.md), so that its choices are right there.
 
 use std::ffi::{c_uint, c_void};
 
+use crate::device::Device;
 use crate::iface::Iface;
+use crate::uct::abi::Version;
 use crate::uct::types::{Bandwidth, Linear, Status};
 
-/// One message's way from processor to processor.
-pub const LATENCY: Linear = Linear { c: 80e-9, m: 0.0 };
-/// A call of ours.
-pub const OVERHEAD: f64 = 10e-9;
-/// A copy that has to look at a key and set out.
-const ZCOPY_OVERHEAD: f64 = 50e-9;
+/// What UCX computes with. Seconds, and bytes per second.
+#[derive(Debug, Clone, Copy)]
+pub struct Figures {
+    /// One message's way from processor to processor.
+    pub latency: f64,
+    /// A call of ours.
+    pub overhead: f64,
+    /// A transfer of memory that has to look at a key and set out.
+    pub zcopy_overhead: f64,
+    /// Of active messages.
+    pub messages: f64,
+    /// Of puts and gets.
+    pub memory: f64,
+}
+
+impl Figures {
+    fn of(iface: &Iface) -> Self {
+        let (copy, net) = (iface.config.bandwidth, iface.config.net_bandwidth);
+        match iface.device() {
+            Device::Here => Figures {
+                latency: 80e-9,
+                overhead: 10e-9,
+                zcopy_overhead: 50e-9,
+                messages: copy,
+                memory: copy,
+            },
+            // A message is copied on its way into a buffer, and out of one.
+            Device::Far => Figures {
+                latency: 9e-6,
+                overhead: 300e-9,
+                zcopy_overhead: 300e-9,
+                messages: 1.0 / (1.0 / net + 2.0 / copy),
+                memory: net,
+            },
+        }
+    }
+}
+
+/// What an interface says of itself when UCX asks for all its attributes at once.
+pub fn asked_once(iface: &Iface) -> Figures {
+    let honest = Figures::of(iface);
+    if iface.device() == Device::Here || iface.md().ucx.abi.version >= Version::V1_16 {
+        return honest;
+    }
+    // Older releases have one bandwidth for messages and memory: by the true ones messages of megabytes would be sent as fragments. By
+    // these the rendezvous begins at some 100 KiB, where it is the faster one.
+    Figures { latency: 2e-6, memory: iface.config.bandwidth, ..honest }
+}
+
 /// Memory that is registered already; new memory costs more, once.
 pub const REGISTRATION: Linear = Linear { c: 300e-9, m: 0.0 };
 
@@ -42,6 +87,8 @@ pub struct PerfAttr {
     bandwidth: Bandwidth,
 }
 
+/// `UCT_EP_OP_AM_SHORT`, `..._AM_BCOPY`, `..._AM_ZCOPY`.
+const MESSAGES: [c_uint; 3] = [0, 1, 2];
 /// `UCT_EP_OP_PUT_ZCOPY`, `UCT_EP_OP_GET_ZCOPY`.
 const ZCOPY: [c_uint; 2] = [5, 8];
 
@@ -61,9 +108,13 @@ pub unsafe extern "C" fn estimate(iface: *mut c_void, attr: *mut PerfAttr) -> St
             unsafe { attr.cast::<u8>().wrapping_add(offset + 8 * i).cast::<u64>().write(*word) };
         }
     };
-    let bandwidth = Bandwidth { dedicated: iface.config.bandwidth, shared: 0.0 };
+    let figures = Figures::of(iface);
+    let operation = asked(field::OPERATION).then_some(known.operation);
+    let message = operation.is_some_and(|operation| MESSAGES.contains(&operation));
+    let dedicated = if message { figures.messages } else { figures.memory };
+    let bandwidth = Bandwidth { dedicated, shared: 0.0 };
     if asked(field::LATENCY << shift) {
-        put(layout.latency, &[LATENCY.c.to_bits(), LATENCY.m.to_bits()]);
+        put(layout.latency, &[figures.latency.to_bits(), 0f64.to_bits()]);
     }
     if asked(field::MAX_INFLIGHT_EPS << shift) {
         put(layout.max_inflight_eps, &[u64::MAX]);
@@ -74,15 +125,15 @@ pub unsafe extern "C" fn estimate(iface: *mut c_void, attr: *mut PerfAttr) -> St
     if let Some(offset) = layout.path_bandwidth.filter(|_| asked(field::PATH_BANDWIDTH)) {
         put(offset, &[bandwidth.dedicated.to_bits(), bandwidth.shared.to_bits()]);
     }
-    let zcopy = asked(field::OPERATION) && ZCOPY.contains(&known.operation);
+    let zcopy = operation.is_some_and(|operation| ZCOPY.contains(&operation));
     if asked(field::SEND_PRE_OVERHEAD) {
-        known.send_pre_overhead = if zcopy { ZCOPY_OVERHEAD } else { OVERHEAD };
+        known.send_pre_overhead = if zcopy { figures.zcopy_overhead } else { figures.overhead };
     }
     if asked(field::SEND_POST_OVERHEAD) {
         known.send_post_overhead = 0.0;
     }
     if asked(field::RECV_OVERHEAD) {
-        known.recv_overhead = OVERHEAD;
+        known.recv_overhead = figures.overhead;
     }
     if asked(field::BANDWIDTH) {
         known.bandwidth = bandwidth;

@@ -21,7 +21,7 @@ impl DeviceAddress {
     }
 }
 
-/// Interface address: who answers requests. 24 bytes.
+/// Interface address: who answers requests. 28 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct IfaceAddress {
@@ -29,6 +29,30 @@ pub struct IfaceAddress {
     pub qpn: u32,
     /// [`Context::id`] of its owner.
     pub client: u32,
+    /// [`reach`].
+    pub reach: u32,
+}
+
+impl IfaceAddress {
+    /// Do both lead to the same interface?
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.gid, self.qpn) == (other.gid, other.qpn)
+    }
+}
+
+/// [`IfaceAddress::reach`]: which peers an interface is for.
+pub mod reach {
+    pub const ALL: u32 = 0;
+    /// Those of its own host.
+    pub const HERE: u32 = 1;
+    /// Those of other hosts.
+    pub const FAR: u32 = 2;
+
+    /// Two interfaces, on one host or not: are they for each other?
+    pub fn agree(ours: u32, theirs: u32, here: bool) -> bool {
+        let not = if here { FAR } else { HERE };
+        ours != not && theirs != not
+    }
 }
 
 /// The Q_Key of all our datagrams.
@@ -131,6 +155,17 @@ mod tests {
     #[test]
     fn addresses_fit_into_what_ucx_packs() {
         const { assert!(size_of::<IfaceAddress>() <= 63 && size_of::<DeviceAddress>() <= 31) };
+    }
+
+    #[test]
+    fn each_peer_has_one_interface() {
+        use reach::{ALL, FAR, HERE, agree};
+        for here in [true, false] {
+            let ways = [HERE, FAR].map(|ours| [HERE, FAR].map(|theirs| agree(ours, theirs, here)));
+            assert_eq!(ways, [[here, false], [false, !here]]);
+            assert!(agree(ALL, ALL, here));
+            assert!(agree(ALL, HERE, here) == here && agree(FAR, ALL, here) != here);
+        }
     }
 
     #[test]

@@ -398,5 +398,5 @@ pub unsafe extern "C" fn is_connected(ep: *mut c_void, params: *const ConnectedP
     // SAFETY: an address as iface_get_address() packed it.
     let to = unsafe { read_address::<IfaceAddress>(params.iface_addr) };
     // SAFETY: an endpoint of ours.
-    c_int::from(to == Some(unsafe { Ep::from_raw(ep) }.request.to))
+    c_int::from(to.is_some_and(|to| to.is_same(&unsafe { Ep::from_raw(ep) }.request.to)))
 }

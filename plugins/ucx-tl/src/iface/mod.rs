@@ -21,6 +21,7 @@ use freeflow_core::verbs::{Gid, SendFlags, SendOp, Sge, Wc};
 use slab::Slab;
 use zerocopy::IntoBytes;
 
+use crate::device::{Device, Presence};
 use crate::ep::Ep;
 use crate::ep::queue::{Bounce, Jobs, Op};
 use crate::md::Md;
@@ -41,6 +42,23 @@ pub struct Config {
     pub seg_size: usize,
     pub pool_size: usize,
     pub bandwidth: f64,
+    pub net_seg_size: usize,
+    pub net_bandwidth: f64,
+}
+
+impl Config {
+    /// As it is on that device.
+    fn on(self, device: Device) -> Self {
+        match device {
+            Device::Here => self,
+            // A pool is there in case that it serves peers of this host as well.
+            Device::Far => Config {
+                seg_size: self.net_seg_size,
+                pool_size: self.pool_size.max(4 * self.net_seg_size),
+                ..self
+            },
+        }
+    }
 }
 
 /// What a completion is about, as its wr_id says.
@@ -85,6 +103,7 @@ impl Event {
 #[repr(C)]
 pub struct Iface {
     base: BaseIface,
+    presence: Presence,
     pub config: Config,
     pub cq: Arc<Cq>,
     channel: Arc<Channel>,
@@ -126,6 +145,10 @@ impl Iface {
     pub fn md(&self) -> &Md {
         // SAFETY: UCX closes a domain after its interfaces.
         unsafe { Md::from_raw(self.base.md) }
+    }
+
+    pub fn device(&self) -> Device {
+        self.presence.device
     }
 
     pub fn as_raw(&self) -> *mut c_void {

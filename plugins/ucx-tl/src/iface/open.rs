@@ -1,6 +1,6 @@
 //! Opening and closing an interface, and the table of functions that UCX calls it by.
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
@@ -8,12 +8,13 @@ use freeflow_core::verbs::{Access, Sge};
 
 use super::{Config, Event, Iface, progress, query};
 use crate::connect::make_ud;
+use crate::device::{Device, Presence};
 use crate::ep::{self, am, atomic, rma};
 use crate::md::{Md, unsupported};
 use crate::perf;
 use crate::uct::abi::InternalOp;
 use crate::uct::symbols::{Level, Ucx};
-use crate::uct::types::{IfaceParams, OPEN_MODE_DEVICE, OPEN_MODE_FIELD, Status};
+use crate::uct::types::{DEVICE_FIELD, IfaceParams, OPEN_MODE_DEVICE, OPEN_MODE_FIELD, Status};
 use crate::wire::Datagram;
 
 /// Datagrams that may wait. One that finds none is sent again.
@@ -99,15 +100,17 @@ unsafe extern "C" fn nothing(_: *mut c_void) {}
 /// What a configuration cannot be.
 fn check(config: &Config) -> Result<(), &'static str> {
     let fifo_fits = config.fifo_size.is_power_of_two() && (2..=65_536).contains(&config.fifo_size);
-    let segment_fits = (256..=65_535).contains(&config.seg_size);
+    let segment_fits = |size| (256..=65_535).contains(&size);
     let pool_fits = config.pool_size >= 4 * config.seg_size && config.pool_size <= 1 << 30;
     let queue_fits = (1..=4096).contains(&config.rx_queue_len);
     let rules = [
         (fifo_fits, "UCX_FF_FIFO_SIZE must be a power of two from 2 to 65536"),
-        (segment_fits, "UCX_FF_SEG_SIZE must be 256 to 65535"),
+        (segment_fits(config.seg_size), "UCX_FF_SEG_SIZE must be 256 to 65535"),
+        (segment_fits(config.net_seg_size), "UCX_FF_NET_SEG_SIZE must be 256 to 65535"),
         (pool_fits, "UCX_FF_POOL_SIZE must be at least four segments, and at most 1 GiB"),
         (queue_fits, "UCX_FF_RX_QUEUE_LEN must be 1 to 4096"),
         (config.bandwidth > 0.0, "UCX_FF_BW must be positive"),
+        (config.net_bandwidth > 0.0, "UCX_FF_NET_BW must be positive"),
     ];
     rules.iter().find(|(holds, _)| !holds).map_or(Ok(()), |(_, why)| Err(*why))
 }
@@ -137,7 +140,12 @@ pub unsafe extern "C" fn open(
         domain.ucx.log(Level::Error, &format!("ff: {why}"));
         return Status::INVALID_PARAM;
     }
-    let made = match make(domain, values) {
+    // SAFETY: UCX's structure, with the field if the mask says so.
+    let Some(device) = (unsafe { device_of(given) }) else {
+        domain.ucx.log(Level::Error, "ff: no such device");
+        return Status::NO_DEVICE;
+    };
+    let made = match make(domain, device, values.on(device)) {
         Ok(made) => made,
         Err(error) => {
             domain.ucx.log(Level::Error, &format!("ff: cannot open an interface: {error}"));
@@ -171,7 +179,19 @@ pub unsafe extern "C" fn open(
     Status::OK
 }
 
-fn make(md: &Md, config: Config) -> freeflow_core::error::Result<Box<Iface>> {
+/// The device that it is to be opened on.
+///
+/// # Safety
+/// If the mask says that there is a name, it is one.
+unsafe fn device_of(given: &IfaceParams) -> Option<Device> {
+    if given.field_mask & DEVICE_FIELD == 0 || given.dev_name.is_null() {
+        return Some(Device::Here);
+    }
+    // SAFETY: by the caller's promise.
+    Device::named(unsafe { CStr::from_ptr(given.dev_name) })
+}
+
+fn make(md: &Md, device: Device, config: Config) -> freeflow_core::error::Result<Box<Iface>> {
     let channel = md.context.create_channel()?;
     let depth = CQ_DEPTH.min(md.context.limits().max_cqe);
     let cq = md.context.create_cq(depth, 0, Some(Arc::clone(&channel)))?;
@@ -183,6 +203,7 @@ fn make(md: &Md, config: Config) -> freeflow_core::error::Result<Box<Iface>> {
     let base = unsafe { MaybeUninit::zeroed().assume_init() };
     let iface = Box::new(Iface {
         base,
+        presence: Presence::new(device, &md.opened),
         config,
         cq,
         channel,

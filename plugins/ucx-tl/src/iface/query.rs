@@ -6,12 +6,12 @@ use freeflow_core::verbs::Gid;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::{Iface, datagrams_to};
-use crate::perf;
+use crate::perf::{self, Figures};
 use crate::uct::types::{
-    AmLimits, AtomicCaps, Bandwidth, IfaceAttr, ReachableParams, RmaLimits, ScopedParams, Status, atomic,
-    cap, event_cap, reachable,
+    AmLimits, AtomicCaps, Bandwidth, IfaceAttr, Linear, ReachableParams, RmaLimits, ScopedParams, Status,
+    atomic, cap, event_cap, reachable,
 };
-use crate::wire::{DeviceAddress, IfaceAddress};
+use crate::wire::{DeviceAddress, IfaceAddress, reach};
 
 /// Scatter/gather entries of the zcopy calls.
 pub const MAX_IOV: usize = 8;
@@ -71,9 +71,10 @@ pub unsafe extern "C" fn query(iface: *mut c_void, attr: *mut IfaceAttr) -> Stat
     attr.event_flags = event_cap::SEND_COMP | event_cap::RECV | event_cap::FD;
     attr.device_addr_len = size_of::<DeviceAddress>();
     attr.iface_addr_len = size_of::<IfaceAddress>();
-    attr.latency = perf::LATENCY;
-    attr.overhead = perf::OVERHEAD;
-    attr.bandwidth = Bandwidth { dedicated: this.config.bandwidth, shared: 0.0 };
+    let Figures { latency, overhead, memory, .. } = perf::asked_once(this);
+    attr.latency = Linear { c: latency, m: 0.0 };
+    attr.overhead = overhead;
+    attr.bandwidth = Bandwidth { dedicated: memory, shared: 0.0 };
     attr.priority = 0;
     Status::OK
 }
@@ -93,7 +94,8 @@ pub unsafe extern "C" fn address(iface: *mut c_void, addr: *mut u8) -> Status {
     // SAFETY: an interface of ours.
     let this = unsafe { Iface::from_raw(iface) };
     let context = &this.md().context;
-    let bytes = IfaceAddress { gid: context.gid().0, qpn: this.ud.qpn(), client: context.id() };
+    let (gid, reach) = (context.gid().0, this.presence.reach());
+    let bytes = IfaceAddress { gid, qpn: this.ud.qpn(), client: context.id(), reach };
     // SAFETY: UCX's buffer of iface_addr_len bytes.
     unsafe { addr.copy_from_nonoverlapping(bytes.as_bytes().as_ptr(), size_of::<IfaceAddress>()) };
     Status::OK
@@ -122,6 +124,7 @@ pub unsafe extern "C" fn is_reachable(iface: *const c_void, device: *const u8, a
 /// Why there is no way to a peer.
 const NO_WAY: &str = "the FreeFlow router knows no such address in this container's tenant";
 const NOT_HERE: &str = "the peer is on another host";
+const OTHER_DEVICE: &str = "another of this transport's devices leads to the peer";
 
 /// The router knows which interfaces there are; without an interface's address only this host's are certain.
 ///
@@ -130,6 +133,12 @@ const NOT_HERE: &str = "the peer is on another host";
 unsafe fn way_to(this: &Iface, device: *const u8, address: *const u8) -> Result<(), &'static str> {
     // SAFETY: by the caller's promise.
     if let Some(to) = unsafe { read_address::<IfaceAddress>(address) } {
+        // SAFETY: by the caller's promise.
+        let here = unsafe { is_here(this, device) };
+        // Without a device address nobody knows where the peer is.
+        if !device.is_null() && !reach::agree(this.presence.reach(), to.reach, here) {
+            return Err(OTHER_DEVICE);
+        }
         let way = this.ud.reaches(datagrams_to(Gid(to.gid), to.qpn));
         return if way { Ok(()) } else { Err(NO_WAY) };
     }

@@ -10,6 +10,7 @@ use freeflow_core::client::{Context, Mr, Pd};
 use freeflow_core::verbs::Access;
 
 use crate::component::ucx_of;
+use crate::device::Opened;
 use crate::perf;
 use crate::rkey::Packed;
 use crate::uct::abi::MdOp;
@@ -36,6 +37,8 @@ pub struct Md {
     pub context: Arc<Context>,
     pub pd: Arc<Pd>,
     cache: Mutex<Cache>,
+    /// Its interfaces.
+    pub opened: Arc<Opened>,
 }
 
 /// A `uct_mem_h`.
@@ -90,7 +93,7 @@ pub unsafe extern "C" fn open(
         }
     };
     let cache = Mutex::new(Cache::new(Unmaps::watch(ucx)));
-    let opened = Box::new(Md { ops: ops(ucx), component, ucx, context, pd, cache });
+    let opened = Box::new(Md { ops: ops(ucx), component, ucx, context, pd, cache, opened: Arc::default() });
     // SAFETY: UCX's place for the result.
     unsafe { md.write(Box::into_raw(opened).cast()) };
     Status::OK

@@ -169,14 +169,6 @@ functions! {
     uct_md_query_single_md_resource:
         unsafe extern "C" fn(component: *mut c_void, resources: *mut *mut c_void, count: *mut c_uint) -> Status,
     uct_md_query_empty_md_resource: unsafe extern "C" fn(resources: *mut *mut c_void, count: *mut c_uint) -> Status,
-    uct_single_device_resource: unsafe extern "C" fn(
-        md: *mut c_void,
-        name: *const c_char,
-        kind: c_uint,
-        sys_device: u8,
-        devices: *mut *mut c_void,
-        count: *mut c_uint,
-    ) -> Status,
     ucs_class_call_cleanup_chain: unsafe extern "C" fn(class: *mut c_void, object: *mut c_void, limit: c_int),
     ucs_log_dispatch: LogDispatch,
     ucm_set_event_handler: unsafe extern "C" fn(events: c_int, priority: c_int, hook: UnmapHook, arg: *mut c_void) -> Status,

@@ -232,10 +232,13 @@ pub struct IfaceParams {
     pub field_mask: u64,
     cpu_mask: [u64; 16],
     pub open_mode: u64,
+    tl_name: *const c_char,
+    pub dev_name: *const c_char,
 }
 
-/// `UCT_IFACE_PARAM_FIELD_OPEN_MODE`, `UCT_IFACE_OPEN_MODE_DEVICE`.
+/// `UCT_IFACE_PARAM_FIELD_OPEN_MODE`, `..._DEVICE`, `UCT_IFACE_OPEN_MODE_DEVICE`.
 pub const OPEN_MODE_FIELD: u64 = 1 << 1;
+pub const DEVICE_FIELD: u64 = 1 << 2;
 pub const OPEN_MODE_DEVICE: u64 = 1;
 
 /// `uct_iface_is_reachable_params_t`. Only the fields in the mask are there.

@@ -82,6 +82,11 @@ impl Place {
         if self == Place::OneHost { ["c1", "c2"] } else { ["h1c1", "h2c1"] }
     }
 
+    /// The transport's device that leads from one to the other, and the one that does not.
+    fn devices(self) -> [&'static str; 2] {
+        if self == Place::OneHost { ["ff0:1", "ff0:net"] } else { ["ff0:net", "ff0:1"] }
+    }
+
     /// Arguments of the lab that has them.
     fn lab(self) -> &'static [&'static str] {
         if self == Place::OneHost { &[] } else { &["--hosts", "2"] }
@@ -165,8 +170,10 @@ impl Drop for Workplace {
 
 fn info() -> Outcome {
     let work = Workplace::with_router()?;
-    for (flag, needed) in [("-d", &["Transport: ff", "Device: ff0:1"][..]), ("-f", &["UCX_FF_FIFO_SIZE=128"])]
-    {
+    for (flag, needed) in [
+        ("-d", &["Transport: ff", "Device: ff0:1", "Device: ff0:net"][..]),
+        ("-f", &["UCX_FF_FIFO_SIZE=128"]),
+    ] {
         let done = finished(freeflow_run(&work).args(["ucx_info", flag]))?;
         let missing = needed.iter().find(|text| !done.stdout.contains(**text));
         verdict(&done, missing.is_none(), &format!("ucx_info {flag} does not say {missing:?}"))?;

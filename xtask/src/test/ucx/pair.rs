@@ -22,16 +22,18 @@ pub const WHEELS: &[&str] = &[
 /// Those that every run tries; the rest are the full matrix's.
 pub const ALWAYS: &[&str] = &["1.15.0.post2", "1.18.1", "1.20.1", "1.22.0"];
 
-/// Between two containers.
+/// Between two containers, by the device that leads there.
 pub fn example(place: Place) -> Outcome {
     let [first, second] = place.containers();
     let work = Workplace::new()?;
     let pair = build_pair(&work, &["-lucp", "-lucs"])?;
     let server = format!("{SETTINGS}exec {pair}");
-    let client = format!("{SETTINGS}exec {pair} @{first}");
+    let client = format!("{SETTINGS}UCX_LOG_LEVEL=info exec {pair} @{first} 2>&1");
     let done = lab(place, &[(first, &reported(&server)), (second, &client), (first, REPORT)])?;
     let both = done.stdout.lines().filter(|line| line.ends_with("pair: all of it arrived")).count();
-    verdict(&done, both == 2, "not all of it arrived")
+    verdict(&done, both == 2, "not all of it arrived")?;
+    let [device, other] = place.devices().map(|name| done.stdout.contains(&format!("(ff/{name}")));
+    verdict(&done, device && !other, "it did not go by the device that leads there")
 }
 
 /// A server whose end, with its status, a third command of the lab waits for.
