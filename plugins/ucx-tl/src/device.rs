@@ -17,8 +17,9 @@ const NAME_MAX: usize = 32;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Device {
-    /// As verbs programs know it, with its port.
+    /// Leads to this host. Its name is the one that verbs programs know, with its port.
     Here,
+    /// Leads to other hosts.
     Far,
 }
 

