@@ -12,6 +12,7 @@ use freeflow_core::verbs::{Gid, Wc, WcStatus};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::{Event, Iface, Incoming};
+use crate::device::Device;
 use crate::ep::{Ep, owner, queue};
 use crate::uct::symbols::Level;
 use crate::uct::types::{Completion, Status, event};
@@ -19,8 +20,10 @@ use crate::wire::{Datagram, kind};
 
 /// Calls between two looks for failed endpoints, and into the completion queue where nothing is expected nor marked.
 const RARELY: u32 = 1024;
-/// Calls after which a program that waits in vain offers its processor, to one that waits for it maybe.
+/// Calls after which a program that waits in vain offers its processor: to peers on this host that may need it, and to the
+/// router, which brings everything that comes from other hosts.
 const PATIENCE: u32 = 1 << 16;
+const PATIENCE_FAR: u32 = 64;
 /// Completions taken at a time.
 const BATCH: usize = 16;
 
@@ -61,7 +64,8 @@ impl Iface {
         if self.work.get() {
             done += self.work();
         }
-        if done == 0 && self.ticks.get().is_multiple_of(PATIENCE) {
+        let patience = if self.device() == Device::Here { PATIENCE } else { PATIENCE_FAR };
+        if done == 0 && self.ticks.get().is_multiple_of(patience) {
             std::thread::yield_now();
         }
         done
