@@ -20,3 +20,11 @@ pub fn store_fenced(word: &AtomicU64, value: u64) {
         fence(Ordering::SeqCst);
     }
 }
+
+/// The fence that an exchange is by itself on x86-64, where loads are not done before earlier ones either.
+#[inline]
+pub fn fence_behind_swap() {
+    if cfg!(any(not(target_arch = "x86_64"), loom)) {
+        fence(Ordering::SeqCst);
+    }
+}

@@ -149,7 +149,7 @@ proptest! {
         }
         rq.repair(5);
         let mut dirty = 0;
-        map.get::<CqShared>(CQ).expect("header").drain_dirty(|_| dirty += 1);
+        map.get::<CqShared>(CQ).expect("header").marks.drain(|_| dirty += 1);
         prop_assert!(dirty <= 4096);
     }
 

@@ -220,6 +220,48 @@ static void fewer_than_asked_for_means_no_more(void)
 	OK(ibv_destroy_cq(cq));
 }
 
+/* A queue pair that gets the place of a destroyed one on a CQ of many is heard, whatever that one left there. */
+static void a_new_queue_pair_in_an_old_ones_place(void)
+{
+	enum { QPS = 10, TURNS = 20 };
+	struct ibv_cq *cq = MADE(ibv_create_cq(ctx, 256, NULL, NULL, 0));
+	struct end_cfg c = { .cq = cq, .len = 4096 };
+	struct pair p[QPS];
+
+	for (int q = 0; q < QPS; q++)
+		p[q] = pair_open(NULL, &c);
+	for (int turn = 0; turn < TURNS; turn++) {
+		struct pair *one = &p[turn % 3];
+
+		if (one->b)
+			OK(post_receive(one->b, (uint64_t)turn, 64, 64));
+		sync_ends();
+		if (one->a) {
+			OK(post_op(one->a, IBV_WR_SEND, 1, 0, 0, 64, 0));
+			WANT(one->a->scq, 1, IBV_WC_SUCCESS);
+		}
+		if (one->b)
+			WANT(cq, (uint64_t)turn, IBV_WC_SUCCESS);
+		/* Sometimes at once, sometimes when the CQ has found nothing for long. */
+		for (int i = 0; one->b && i < turn % 4 * 20; i++)
+			EMPTY(cq);
+		sync_ends();
+		if (one->a)
+			end_destroy(one->a);
+		if (one->b)
+			end_destroy(one->b);
+		*one = pair_open(NULL, &c);
+	}
+	sync_ends();
+	for (int q = 0; q < QPS; q++) {
+		if (p[q].a)
+			end_destroy(p[q].a);
+		if (p[q].b)
+			end_destroy(p[q].b);
+	}
+	OK(ibv_destroy_cq(cq));
+}
+
 /* ---- many small messages ----------------------------------------------------------------------------------------- */
 
 static void ping_pong(void)
@@ -425,6 +467,7 @@ static const struct test_case cases[] = {
 	{ "eight_qps_one_cq", eight_qps_one_cq, 0 },
 	{ "completions_do_not_hide_others", completions_do_not_hide_others, 0 },
 	{ "fewer_than_asked_for_means_no_more", fewer_than_asked_for_means_no_more, 0 },
+	{ "a_new_queue_pair_in_an_old_ones_place", a_new_queue_pair_in_an_old_ones_place, 0 },
 	{ "ping_pong", ping_pong, 0 },
 	{ "stream_both_ways", stream_both_ways, 0 },
 	{ "send_queue_full", send_queue_full, 0 },

@@ -1,7 +1,7 @@
 //! Completion queues.
 //!
 //! With few lanes, poll looks at each; with more than [`SCAN_LIMIT`] it asks peers to mark a dirty map and looks only
-//! where something happened.
+//! where something happened lately.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::ctl::{CreateCq, DestroyCq};
 use crate::error::{Error, Result};
 use crate::exec::LocalTable;
-use crate::ring::cq::DIRTY_BITS;
+use crate::ring::marks::{DIRTY_BITS, Known};
 use crate::ring::{CqShared, Ring};
 use crate::shm::View;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
@@ -27,8 +27,11 @@ use super::srq::XrcQueue;
 
 /// Lanes up to which polling all of them is cheaper than asking peers to mark.
 const SCAN_LIMIT: usize = 8;
-/// Looks at queues that are known to be busy, after which marks are taken all the same: others may have something too.
-const LOOKS: u32 = 64;
+/// Looks at a queue that brought nothing, after which its mark is taken away. A look costs some nanoseconds; a mark that a peer has
+/// to make anew moves its cache line there and back, which costs as much as so many looks.
+const LOOKS: u32 = 32;
+/// Queues with marks that stand beyond which a silent one is not looked at again: a poll would take too long.
+const MANY: usize = 512;
 /// Empty polls in a row, some 20 us, after which the processor is offered to others: with more pollers than processors
 /// the one that is waited for would otherwise not run before a time slice has passed.
 const PATIENCE: u32 = 1024;
@@ -64,13 +67,31 @@ struct Feed {
     pd: u32,
     send: bool,
     recv: bool,
-    /// On the ready list.
-    listed: bool,
     /// Sends alone filled the last poll: now the receives have the first turn.
     receive_first: bool,
+    /// Looks at it that may bring nothing.
+    patience: u32,
 }
 
 impl Feed {
+    fn new(polled: Polled, pd: u32, send: bool, recv: bool) -> Self {
+        Feed { polled, pd, send, recv, receive_first: false, patience: 0 }
+    }
+
+    /// Is it to be looked at again, though it brought nothing?
+    fn is_awaited(&mut self, many: bool) -> bool {
+        let patient = self.patience > 0 && !many;
+        self.patience = self.patience.saturating_sub(1);
+        patient || self.sends()
+    }
+
+    fn poll_sends(&self, out: &mut [Wc]) -> usize {
+        match &self.polled {
+            Polled::Qp(lanes) if self.send => lanes.poll_send(out),
+            _ => 0,
+        }
+    }
+
     /// Sends that ended and were not polled.
     fn unpolled(&self) -> u32 {
         match &self.polled {
@@ -98,14 +119,20 @@ struct Inner {
     feeds: Vec<Option<Feed>>,
     count: usize,
     mapped: bool,
-    /// Those that are marked, had something when last looked at, or have sends under way.
-    ready: VecDeque<usize>,
-    /// Looks at queues since marks were taken.
-    looks: u32,
+    /// The marks that are known.
+    ready: VecDeque<u32>,
+    known: Known,
     /// Polls since the last completion.
     idle: u32,
     /// Where the next scan starts, so that a busy lane does not starve the others.
     start: usize,
+}
+
+impl Inner {
+    /// Those that have mark `bit`: one, unless there are more than marks.
+    fn marked(&mut self, bit: u32) -> impl Iterator<Item = &mut Feed> {
+        self.feeds.iter_mut().skip(bit as usize).step_by(DIRTY_BITS as usize).flatten()
+    }
 }
 
 impl Context {
@@ -201,74 +228,80 @@ impl Cq {
         filled
     }
 
-    /// Queues that had something lately have more, as a rule: they are looked at again before marks are taken. Taking one means
-    /// that its cache line changes hands twice, which costs more than the message itself; a mark that is there already costs
-    /// its maker little.
+    /// Looks at each queue whose mark stands: fewer than there is room for means that there are no more, and programs rely on that
+    /// before they sleep.
     fn poll_dirty(&self, inner: &mut Inner, out: &mut [Wc]) -> usize {
-        let (mut filled, mut looked_at) = (0, 0);
-        if inner.looks < LOOKS {
-            filled = self.turn(inner, inner.ready.len(), out);
-            if filled == out.len() {
-                return filled;
-            }
-            looked_at = inner.ready.len();
-        }
-        // Fewer than there is room for means that there are no more: programs rely on that before they sleep.
-        self.take_marks(inner);
-        inner.ready.rotate_left(looked_at);
-        filled + self.turn(inner, inner.ready.len() - looked_at, &mut out[filled..])
-    }
-
-    fn take_marks(&self, inner: &mut Inner) {
-        let Inner { feeds, ready, looks, .. } = inner;
-        *looks = 0;
-        self.shared[0].drain_dirty(|bit| {
-            for index in (bit as usize..feeds.len()).step_by(DIRTY_BITS as usize) {
-                if let Some(feed) = feeds[index].as_mut().filter(|feed| !feed.listed) {
-                    feed.listed = true;
-                    ready.push_back(index);
-                }
-            }
-        });
-    }
-
-    /// One look at each of the first listed queues. One with nothing, and nothing under way, waits for its next mark.
-    fn turn(&self, inner: &mut Inner, count: usize, out: &mut [Wc]) -> usize {
-        let Inner { feeds, ready, looks, .. } = inner;
+        let Inner { ready, known, .. } = inner;
+        self.shared[0].marks.news(known, |bit| ready.push_back(bit));
         let mut filled = 0;
-        for _ in 0..count {
+        for _ in 0..inner.ready.len() {
             if filled == out.len() {
                 break;
             }
-            let Some(index) = ready.pop_front() else { break };
-            let Some(feed) = feeds[index].as_mut() else { continue };
-            let found = self.drain(feed, &mut out[filled..]);
-            *looks += 1;
-            filled += found;
-            feed.listed = found > 0 || feed.sends();
-            if feed.listed {
-                ready.push_back(index);
+            let Some(bit) = inner.ready.pop_front() else { break };
+            filled += self.look(inner, bit, &mut out[filled..]);
+        }
+        filled
+    }
+
+    /// One look at what has mark `bit`. What has had nothing for a while, nor has sends under way, waits for its next mark.
+    fn look(&self, inner: &mut Inner, bit: u32, out: &mut [Wc]) -> usize {
+        let found = self.drain_marked(inner, bit, out);
+        let many = inner.ready.len() >= MANY;
+        if found > 0 || inner.marked(bit).fold(false, |any, feed| feed.is_awaited(many) | any) {
+            inner.ready.push_back(bit);
+            return found;
+        }
+        self.shared[0].marks.unmark(&mut inner.known, bit);
+        let found = self.drain_marked(inner, bit, out);
+        if found > 0 || inner.marked(bit).any(|feed| feed.sends()) {
+            self.shared[0].marks.mark(bit); // the next poll lists it
+        }
+        found
+    }
+
+    fn drain_marked(&self, inner: &mut Inner, bit: u32, out: &mut [Wc]) -> usize {
+        let (first, step) = (bit as usize, DIRTY_BITS as usize);
+        let count = inner.feeds.len().saturating_sub(first).div_ceil(step);
+        // A division for those that share a mark only.
+        let start = if count > 1 { inner.start % count } else { 0 };
+        inner.start = inner.start.wrapping_add(1);
+        let mut filled = 0;
+        for turn in (start..count).chain(0..start) {
+            if filled == out.len() {
+                break;
+            }
+            if let Some(feed) = &mut inner.feeds[first + turn * step] {
+                filled += self.drain(feed, &mut out[filled..]);
             }
         }
         filled
     }
 
     fn drain(&self, feed: &mut Feed, out: &mut [Wc]) -> usize {
-        let lanes = match &feed.polled {
-            Polled::Qp(lanes) => lanes,
-            Polled::Queue(queue) => return fill(out, || queue.poll()),
-        };
-        let table = LocalTable::new(&self.context.mrs, feed.pd);
-        let send = |out: &mut [Wc]| if feed.send { lanes.poll_send(out) } else { 0 };
-        let receive = |out: &mut [Wc]| if feed.recv { fill(out, || lanes.poll_recv(&table)) } else { 0 };
         if feed.receive_first {
-            let received = receive(out);
+            let received = self.receive(feed, out);
             feed.receive_first = false;
-            return received + send(&mut out[received..]);
+            return received + feed.poll_sends(&mut out[received..]);
         }
-        let sent = send(out);
+        let sent = feed.poll_sends(out);
         feed.receive_first = sent == out.len();
-        sent + receive(&mut out[sent..])
+        sent + self.receive(feed, &mut out[sent..])
+    }
+
+    fn receive(&self, feed: &mut Feed, out: &mut [Wc]) -> usize {
+        let received = match &feed.polled {
+            Polled::Qp(lanes) if feed.recv => {
+                let table = LocalTable::new(&self.context.mrs, feed.pd);
+                fill(out, || lanes.poll_recv(&table))
+            }
+            Polled::Qp(_) => 0,
+            Polled::Queue(queue) => fill(out, || queue.poll()),
+        };
+        if received > 0 {
+            feed.patience = LOOKS;
+        }
+        received
     }
 
     /// ibv_req_notify_cq(3).
@@ -341,7 +374,7 @@ impl Cq {
     #[inline]
     pub(super) fn sending(&self, bit: u32) {
         if self.mapped.load(Ordering::Relaxed) {
-            self.shared[0].mark(bit);
+            self.shared[0].marks.mark(bit);
         }
     }
 
@@ -358,13 +391,13 @@ impl Cq {
     /// Attaches a QP's lanes. A QP that has this CQ for both lanes is attached once.
     pub(super) fn attach(&self, lanes: &Arc<Lanes>, pd: u32, send: bool, recv: bool) -> u32 {
         let polled = Polled::Qp(Arc::clone(lanes));
-        self.add(Feed { polled, pd, send, recv, listed: false, receive_first: false })
+        self.add(Feed::new(polled, pd, send, recv))
     }
 
     /// The same for the receives of an XRC shared receive queue.
     pub(super) fn attach_queue(&self, queue: &Arc<XrcQueue>) -> u32 {
         let polled = Polled::Queue(Arc::clone(queue));
-        self.add(Feed { polled, pd: 0, send: false, recv: true, listed: false, receive_first: false })
+        self.add(Feed::new(polled, 0, false, true))
     }
 
     fn add(&self, feed: Feed) -> u32 {
@@ -392,11 +425,10 @@ impl Cq {
         }
     }
 
-    /// Did anybody complete something since the last poll? One look at one word, for [`Cq::have_marked`]. Sends of this process
-    /// that a poll found unfinished are not marked again.
+    /// May a poll find something? One look at one word, for [`Cq::have_marked`].
     #[inline]
     pub fn is_marked(&self) -> bool {
-        self.shared[0].is_dirty()
+        self.shared[0].marks.any()
     }
 
     /// Returns queue pairs that are to be dropped after the lock.
@@ -407,13 +439,7 @@ impl Cq {
         // A send that begins after this marks; one that began before is seen by whoever gets this CQ's lock next.
         let settled: Vec<_> = inner.feeds.iter().flatten().filter_map(Feed::qp).collect();
         settled.iter().for_each(|qp| qp.settle());
-        let Inner { feeds, ready, .. } = inner;
-        for (index, feed) in feeds.iter_mut().enumerate() {
-            if let Some(feed) = feed {
-                feed.listed = true;
-                ready.push_back(index);
-            }
-        }
+        (0..inner.feeds.len()).for_each(|index| self.shared[0].marks.mark(index as u32));
         settled
     }
 
@@ -428,12 +454,17 @@ impl Cq {
 
     fn remove(&self, which: impl Fn(&Polled) -> bool) {
         let mut inner = self.inner.lock();
-        for feed in &mut inner.feeds {
+        let Inner { feeds, ready, known, count, .. } = &mut *inner;
+        for (index, feed) in feeds.iter_mut().enumerate() {
             if feed.as_ref().is_some_and(|feed| which(&feed.polled)) {
                 *feed = None;
+                // If its mark stands, that is news again for whoever shares or inherits it.
+                let bit = index as u32 % DIRTY_BITS;
+                ready.retain(|listed| *listed != bit);
+                known.forget(bit);
             }
         }
-        inner.count = inner.feeds.iter().flatten().count();
+        *count = feeds.iter().flatten().count();
     }
 
     /// Runs `change` while nobody polls this CQ.

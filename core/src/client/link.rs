@@ -135,7 +135,7 @@ impl State {
 
     fn next_bit(&mut self) -> u32 {
         self.bits = self.bits.wrapping_add(1);
-        self.bits % crate::ring::cq::DIRTY_BITS
+        self.bits % crate::ring::marks::DIRTY_BITS
     }
 }
 

@@ -529,8 +529,9 @@ fn scatter<'a>(
 /// Completes the receive and wakes its owner if that is wanted.
 fn deliver<M: PeerMemory>(claim: Claim<'_>, done: &Completion, peer: &Peer<'_>, memory: &mut M) {
     let solicited = done.flags & Completion::SOLICITED != 0 || done.status != WcStatus::Success as u8;
-    claim.complete(done, peer.cq.needs_fence());
-    if peer.cq.completed_fenced(Some(peer.cq_bit), solicited) == Ring::Bell {
+    let fenced = peer.cq.needs_fence();
+    claim.complete(done, fenced);
+    if peer.cq.completed_stored(fenced, Some(peer.cq_bit), solicited) == Ring::Bell {
         memory.bell();
     }
     if peer.srq.is_some_and(|srq| srq.header.below()) {

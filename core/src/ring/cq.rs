@@ -6,10 +6,9 @@
 //! Of a moderated CQ only every so many completions wake somebody. Completers count; the first of them rings nevertheless, so
 //! that the owner can end the wait after a while (`held`).
 
-use crate::sync::{AtomicU32, AtomicU64, Ordering, asym, fence};
+use crate::sync::{AtomicU32, Ordering, asym, fence, fence_behind_swap};
 
-/// Dirty bits; QPs beyond share bits.
-pub const DIRTY_BITS: u32 = 64 * 64;
+use super::marks::Marks;
 
 const ARMED: u32 = 1;
 const ARMED_SOLICITED: u32 = 2;
@@ -35,9 +34,8 @@ pub struct CqShared {
     /// Completers, of a moderated CQ that is armed: completions since its last event.
     counted: AtomicU32,
     _pad: [u32; 13],
-    /// One line with the words of the first QPs: completers write both.
-    summary: AtomicU64,
-    words: [AtomicU64; 64],
+    /// Of the queues that feed this CQ, while there are many.
+    pub marks: Marks,
 }
 
 impl Default for CqShared {
@@ -47,8 +45,7 @@ impl Default for CqShared {
             every: AtomicU32::new(0),
             counted: AtomicU32::new(0),
             _pad: [0; 13],
-            summary: AtomicU64::new(0),
-            words: std::array::from_fn(|_| AtomicU64::new(0)),
+            marks: Marks::default(),
         }
     }
 }
@@ -67,13 +64,13 @@ impl CqShared {
     pub fn completed(&self, bit: Option<u32>, solicited: bool) -> Ring {
         // Partner: the fences in arm() and map().
         fence(Ordering::SeqCst);
-        self.completed_fenced(bit, solicited)
+        self.completed_stored(true, bit, solicited)
     }
 
-    /// Does the store before [`CqShared::completed_fenced`] need its fence?
+    /// Does the store before [`CqShared::completed_stored`] need a fence? Marks do, too: see [`super::marks`].
     #[inline]
     pub fn needs_fence(&self) -> bool {
-        !asym::works() || self.flags.load(Ordering::Relaxed) & QUIET == 0
+        !asym::works() || self.flags.load(Ordering::Relaxed) & (QUIET | MAPPED) != QUIET
     }
 
     /// The same for a send of the owner's own process, which was marked when it began.
@@ -85,23 +82,25 @@ impl CqShared {
         } else {
             fence(Ordering::SeqCst);
         }
-        self.completed_fenced(None, solicited)
+        self.completed_stored(true, None, solicited)
     }
 
-    /// The same right after [`super::Claim::complete`], whose store has the fence behind it, if this CQ needs one.
+    /// The same right after [`super::Claim::complete`], whose store is `fenced` if this CQ needed that.
     #[inline]
-    pub fn completed_fenced(&self, bit: Option<u32>, solicited: bool) -> Ring {
+    pub fn completed_stored(&self, fenced: bool, bit: Option<u32>, solicited: bool) -> Ring {
         let flags = self.flags.load(Ordering::Relaxed);
         if flags & (MAPPED | ARMED | ARMED_SOLICITED) == 0 {
             return Ring::No;
         }
         if let (Some(bit), true) = (bit, flags & MAPPED != 0) {
-            self.mark(bit);
-            // Partner: the fences in arm(). Its owner looks for marks next, and we for the arm word. The exchange in mark() is
-            // one itself here.
-            if cfg!(any(not(target_arch = "x86_64"), loom)) {
-                fence(Ordering::SeqCst);
+            // Mapped meanwhile, maybe, and without a fence only a mark of one's own making is sure.
+            if fenced {
+                self.marks.mark_fenced(bit);
+            } else {
+                self.marks.mark(bit);
             }
+            // Partner: the fences in arm(). Its owner looks for marks next, and we for the arm word.
+            fence_behind_swap();
         }
         self.wake(solicited)
     }
@@ -197,12 +196,6 @@ impl CqShared {
         self.flags.fetch_and(!(ARMED | ARMED_SOLICITED | HELD), Ordering::Relaxed);
     }
 
-    /// Owner: is something marked?
-    #[inline]
-    pub fn is_dirty(&self) -> bool {
-        self.summary.load(Ordering::Relaxed) != 0
-    }
-
     /// Owner: did someone ring since the last call?
     pub fn take_rung(&self) -> bool {
         self.flags.load(Ordering::Relaxed) & RUNG != 0
@@ -220,10 +213,7 @@ impl CqShared {
         self.flags.store(quiet, Ordering::Relaxed);
         self.every.store(0, Ordering::Relaxed);
         self.counted.store(0, Ordering::Relaxed);
-        self.summary.store(0, Ordering::Relaxed);
-        for word in &self.words {
-            word.store(0, Ordering::Relaxed);
-        }
+        self.marks.reset();
     }
 
     /// Owner: from now on senders mark the dirty map. The caller must scan all queues once afterwards.
@@ -231,35 +221,6 @@ impl CqShared {
         self.flags.fetch_or(MAPPED, Ordering::AcqRel);
         // Partner: the fence of a completer, or of its store. Either it sees the flag or the scan sees the completion.
         asym::heavy();
-    }
-
-    /// Completer: queue `bit` has something. Needs no fence: whoever takes the mark sees the completion.
-    pub fn mark(&self, bit: u32) {
-        let bit = bit % DIRTY_BITS;
-        // Release: partner is drain_dirty()'s acquire swap. Word before summary: a drained summary bit has its word.
-        let word = &self.words[bit as usize / 64];
-        if word.fetch_or(1 << (bit % 64), Ordering::AcqRel) & (1 << (bit % 64)) == 0
-            || self.summary.load(Ordering::Relaxed) & (1 << (bit / 64)) == 0
-        {
-            self.summary.fetch_or(1 << (bit / 64), Ordering::AcqRel);
-        }
-    }
-
-    /// Owner: calls `each` with every dirty bit, clearing them.
-    pub fn drain_dirty(&self, mut each: impl FnMut(u32)) {
-        if self.summary.load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let mut summary = self.summary.swap(0, Ordering::AcqRel);
-        while summary != 0 {
-            let index = summary.trailing_zeros();
-            summary &= summary - 1;
-            let mut word = self.words[index as usize].swap(0, Ordering::AcqRel);
-            while word != 0 {
-                each(index * 64 + word.trailing_zeros());
-                word &= word - 1;
-            }
-        }
     }
 }
 
@@ -324,16 +285,12 @@ mod tests {
     }
 
     #[test]
-    fn dirty_bits_come_out_once() {
+    fn nothing_is_marked_before_the_map_is_asked_for() {
         let cq = CqShared::default();
         let _ = cq.completed(Some(5), false);
+        assert!(!cq.marks.any());
         cq.map();
-        for bit in [3, 64, 4095, 4096 + 3] {
-            let _ = cq.completed(Some(bit), false);
-        }
-        let mut seen = vec![];
-        cq.drain_dirty(|b| seen.push(b));
-        assert_eq!(seen, [3, 64, 4095]);
-        cq.drain_dirty(|_| panic!("already drained"));
+        let _ = cq.completed(Some(5), false);
+        assert!(cq.marks.any());
     }
 }

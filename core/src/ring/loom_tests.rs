@@ -5,6 +5,7 @@
 use loom::sync::Arc;
 use loom::thread;
 
+use super::marks::Known;
 use super::*;
 use crate::sync::weak::{Lack, lack};
 use crate::sync::{AtomicU32, Ordering, fence};
@@ -43,10 +44,32 @@ impl Queue {
     }
 
     fn send(&self, client: u32) -> bool {
-        let Some(claim) = self.rq().claim(&self.qp.head, client) else { return false };
+        self.fill(client).is_some()
+    }
+
+    /// The same; was its store fenced?
+    fn fill(&self, client: u32) -> Option<bool> {
+        let claim = self.rq().claim(&self.qp.head, client)?;
         claim.write_inline(&[client as u8; 8]);
-        claim.complete(&Completion { byte_len: client, ..Completion::default() }, self.cq.needs_fence());
-        true
+        let fenced = self.cq.needs_fence();
+        claim.complete(&Completion { byte_len: client, ..Completion::default() }, fenced);
+        Some(fenced)
+    }
+
+    /// Sends to the queue pair that has mark `bit`; was its owner woken?
+    fn deliver(&self, bit: Option<u32>) -> bool {
+        let fenced = self.fill(1).expect("a receive is posted");
+        self.cq.completed_stored(fenced, bit, false) == Ring::Bell
+    }
+
+    fn is_filled(&self) -> bool {
+        self.rq().take(0, false, false).is_some()
+    }
+
+    fn news(&self, known: &mut Known, bit: u32) -> bool {
+        let mut found = false;
+        self.cq.marks.news(known, |new| found |= new == bit);
+        found
     }
 }
 
@@ -168,10 +191,7 @@ fn no_wake_up_is_lost() {
     let queue = Queue::new(1);
     queue.rq().post(0, &[]);
     let other = Arc::clone(&queue);
-    let sender = thread::spawn(move || {
-        assert!(other.send(1));
-        other.cq.completed_fenced(None, false) == Ring::Bell
-    });
+    let sender = thread::spawn(move || other.deliver(None));
     queue.cq.arm(false);
     let seen = queue.rq().take(0, false, false).is_some();
     let rung = sender.join().expect("sender");
@@ -310,21 +330,19 @@ fn loom_an_entry_is_read_whole_or_not_at_all() {
     model(an_entry_is_read_whole_or_not_at_all);
 }
 
-fn a_mark_is_not_lost_to_a_drain() {
+/// What is marked is there, and what is there is marked, for an owner that finds marks by `marked`.
+fn a_mark_is_not_lost(mut marked: impl FnMut(&Queue) -> bool) {
     let queue = Queue::new(1);
     queue.rq().post(0, &[]);
     queue.cq.map();
     let other = Arc::clone(&queue);
     let sender = thread::spawn(move || {
-        assert!(other.send(1));
-        let _ = other.cq.completed_fenced(Some(70), false);
+        other.deliver(Some(70));
     });
     let mut taken = false;
     let mut look = || {
-        let mut dirty = false;
-        queue.cq.drain_dirty(|bit| dirty |= bit == 70);
-        if dirty && !taken {
-            taken = queue.rq().take(0, false, false).is_some();
+        if marked(&queue) && !taken {
+            taken = queue.is_filled();
             assert!(taken, "the mark came before the completion");
         }
     };
@@ -335,9 +353,23 @@ fn a_mark_is_not_lost_to_a_drain() {
     fence(Ordering::SeqCst);
 }
 
+fn a_mark_is_not_lost_to_a_drain() {
+    a_mark_is_not_lost(|queue| {
+        let mut found = false;
+        queue.cq.marks.drain(|bit| found |= bit == 70);
+        found
+    });
+}
+
+fn a_mark_is_not_lost_to_a_look() {
+    let mut known = Known::default();
+    a_mark_is_not_lost(|queue| queue.news(&mut known, 70));
+}
+
 #[test]
-fn loom_a_mark_is_not_lost_to_a_drain() {
+fn loom_a_mark_is_not_lost() {
     model(a_mark_is_not_lost_to_a_drain);
+    model(a_mark_is_not_lost_to_a_look);
 }
 
 /// The owner turns to the dirty map while a sender completes: marked, or seen by the scan that follows.
@@ -347,15 +379,87 @@ fn nothing_is_missed_by_the_turn_to_marks(sleeps: bool) {
     queue.rq().post(0, &[]);
     let other = Arc::clone(&queue);
     let sender = thread::spawn(move || {
-        assert!(other.send(1));
-        let _ = other.cq.completed_fenced(Some(3), false);
+        other.deliver(Some(3));
     });
     queue.cq.map();
     let seen = queue.rq().take(0, false, false).is_some();
     sender.join().expect("sender");
     let mut marked = false;
-    queue.cq.drain_dirty(|bit| marked |= bit == 3);
+    queue.cq.marks.drain(|bit| marked |= bit == 3);
     assert!(seen || marked, "a completion that nobody looks for");
+}
+
+/// A queue that was silent is to be forgotten while a sender finds its mark standing: seen by the last look, or marked anew.
+fn a_mark_that_stood_is_not_lost() {
+    let (queue, mut known) = (Queue::new(1), Known::default());
+    queue.rq().post(0, &[]);
+    queue.cq.map();
+    queue.cq.marks.mark(3);
+    assert!(queue.news(&mut known, 3));
+    let other = Arc::clone(&queue);
+    let sender = thread::spawn(move || other.deliver(Some(3)));
+    queue.cq.marks.unmark(&mut known, 3);
+    let seen = queue.is_filled();
+    sender.join().expect("sender");
+    assert!(seen || queue.news(&mut known, 3), "a completion that nobody looks for");
+}
+
+/// The same where the CQ turns to marks meanwhile, and another sender, of a queue that shares the mark, has made it.
+fn nor_one_of_a_sender_without_fence() {
+    let (queue, mut known) = (Queue::new(1), Known::default());
+    queue.cq.reset(false);
+    queue.rq().post(0, &[]);
+    let other = Arc::clone(&queue);
+    let sender = thread::spawn(move || other.deliver(Some(3)));
+    queue.cq.map();
+    let mut seen = queue.is_filled();
+    queue.cq.marks.mark(3);
+    assert!(queue.news(&mut known, 3));
+    queue.cq.marks.unmark(&mut known, 3);
+    seen |= queue.is_filled();
+    sender.join().expect("sender");
+    assert!(seen || queue.news(&mut known, 3), "a completion that nobody looks for");
+}
+
+/// The last mark of a word is taken away while its neighbour is made: the summary leads to that.
+fn a_neighbours_mark_is_found() {
+    let (queue, mut known) = (Queue::new(1), Known::default());
+    queue.rq().post(0, &[]);
+    queue.cq.map();
+    queue.cq.marks.mark(3);
+    assert!(queue.news(&mut known, 3));
+    let other = Arc::clone(&queue);
+    let sender = thread::spawn(move || other.deliver(Some(4)));
+    queue.cq.marks.unmark(&mut known, 3);
+    sender.join().expect("sender");
+    assert!(queue.news(&mut known, 4), "a completed receive without a mark");
+}
+
+#[test]
+fn loom_a_mark_that_stood_is_not_lost() {
+    model(a_mark_that_stood_is_not_lost);
+    model(nor_one_of_a_sender_without_fence);
+    model(a_neighbours_mark_is_found);
+}
+
+/// The owner arms and looks at what is marked. Of two senders that share a mark one makes it, and the other finds it standing.
+fn no_wake_up_is_lost_beside_a_mark() {
+    let queue = Queue::new(1);
+    queue.cq.reset(true);
+    queue.rq().post(0, &[]);
+    queue.cq.map();
+    let (one, two) = (Arc::clone(&queue), Arc::clone(&queue));
+    let first = thread::spawn(move || one.cq.completed(Some(3), false) == Ring::Bell);
+    let second = thread::spawn(move || two.deliver(Some(3)));
+    queue.cq.arm(false);
+    let seen = queue.news(&mut Known::default(), 3) && queue.is_filled();
+    let rung = [first, second].map(|sender| sender.join().expect("sender"));
+    assert!(seen || rung.contains(&true), "the owner would sleep on a completion");
+}
+
+#[test]
+fn loom_no_wake_up_is_lost_beside_a_mark() {
+    model(no_wake_up_is_lost_beside_a_mark);
 }
 
 fn nothing_is_missed_where_somebody_sleeps() {
@@ -405,7 +509,13 @@ breaks! {
     loom_without_fences_an_entry_is_torn: an_entry_is_read_whole_or_not_at_all without Fences, "left == right";
     loom_without_fences_a_completion_is_missed: nothing_is_missed_where_somebody_sleeps without Fences, "nobody looks";
     loom_without_its_fence_a_completion_is_missed: nothing_is_missed_where_nobody_sleeps without Fences, "nobody looks";
-    loom_without_acquire_a_mark_comes_early: a_mark_is_not_lost_to_a_drain without Acquire, "before the completion";
+    loom_without_fences_a_standing_mark_is_lost: a_mark_that_stood_is_not_lost without Fences, "nobody looks";
+    loom_without_acquire_a_neighbours_mark_is_lost: a_neighbours_mark_is_found without Acquire, "without a mark";
+    loom_without_fences_a_marked_completion_is_slept_on:
+        no_wake_up_is_lost_beside_a_mark without Fences, "the owner would sleep";
+    loom_without_acquire_a_mark_comes_early: a_mark_is_not_lost_to_a_look without Acquire, "before the completion";
+    loom_without_acquire_a_drained_mark_comes_early:
+        a_mark_is_not_lost_to_a_drain without AcquireAndFences, "before the completion";
 }
 
 /// Two messages through a FIFO of one slot: each arrives whole, and the slot is not written while it is read.

@@ -2,7 +2,8 @@
 //!
 //! * [`rq`]: receive slots. The owner posts, a peer claims, fills and completes, the owner takes.
 //! * [`srq`]: a receive queue that many QPs share. Takers take a slot and complete it by a ticket of their QP's.
-//! * [`cq`]: a CQ's arm word and dirty map. Peers mark and ring, the owner arms and scans.
+//! * [`cq`]: a CQ's arm word. Peers ring, the owner arms and looks.
+//! * [`marks`]: which of a CQ's many queues have something.
 //! * [`qp`]: a QP's header: who may reach it, and the words its peer writes.
 //! * [`fifo`]: messages of a door's own to one peer.
 //! * [`link`]: requests on their way to the router, for peers on other hosts.
@@ -14,6 +15,7 @@
 pub mod cq;
 pub mod fifo;
 pub mod link;
+pub mod marks;
 pub mod mr;
 pub mod qp;
 pub mod rq;

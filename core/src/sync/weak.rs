@@ -15,6 +15,8 @@ pub enum Lack {
     /// Acquire loads, and the acquiring half.
     Acquire,
     Fences,
+    /// The acquiring half and fences, where either is enough.
+    AcquireAndFences,
     /// A compare-and-swap is a look and a store.
     Swaps,
 }
@@ -31,15 +33,16 @@ pub fn lack(what: Lack) {
 
 fn left_of(ordering: Ordering) -> Ordering {
     match (LACK.get(), ordering) {
-        (Lack::Release, Ordering::Release) | (Lack::Acquire, Ordering::Acquire) => Ordering::Relaxed,
+        (Lack::Release, Ordering::Release) => Ordering::Relaxed,
         (Lack::Release, Ordering::AcqRel) => Ordering::Acquire,
-        (Lack::Acquire, Ordering::AcqRel) => Ordering::Release,
+        (Lack::Acquire | Lack::AcquireAndFences, Ordering::Acquire) => Ordering::Relaxed,
+        (Lack::Acquire | Lack::AcquireAndFences, Ordering::AcqRel) => Ordering::Release,
         _ => ordering,
     }
 }
 
 pub fn fence(ordering: Ordering) {
-    if LACK.get() != Lack::Fences {
+    if !matches!(LACK.get(), Lack::Fences | Lack::AcquireAndFences) {
         strong_fence(ordering);
     }
 }

@@ -382,10 +382,10 @@ impl Engine {
             self.awake.push(client);
         }
         let end = Instant::now() + limit;
-        while !doorbell.is_dirty() && Instant::now() < end {
+        while !doorbell.marks.any() && Instant::now() < end {
             std::hint::spin_loop();
         }
-        let answered = doorbell.is_dirty();
+        let answered = doorbell.marks.any();
         process.habit.note(answered);
         answered
     }
@@ -401,7 +401,7 @@ impl Engine {
             let client = self.awake[at];
             let Some(process) = self.processes.get(&client) else { continue };
             let mut datagrams = false;
-            process.doorbell[0].drain_dirty(|bit| {
+            process.doorbell[0].marks.drain(|bit| {
                 marked.extend(process.marks.get(&bit).into_iter().flatten());
                 datagrams |= process.datagrams.as_ref().is_some_and(|ring| ring.bit == bit);
             });
