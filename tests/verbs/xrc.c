@@ -336,6 +336,35 @@ static void a_file_names_the_domain(void)
 	free(b.buf);
 }
 
+/* Two processes that name the same file have a domain each (docs/xrc.md): a target of the other's is nobody's. */
+static void a_file_joins_no_processes(void)
+{
+	struct ibv_xrcd_init_attr domain = { .comp_mask = IBV_XRCD_INIT_ATTR_FD | IBV_XRCD_INIT_ATTR_OFLAGS, .oflags = O_CREAT | O_EXCL };
+	struct ibv_qp_open_attr open_attr = { .comp_mask = IBV_QP_OPEN_ATTR_NUM | IBV_QP_OPEN_ATTR_XRCD | IBV_QP_OPEN_ATTR_TYPE,
+					      .qp_type = IBV_QPT_XRC_RECV };
+	struct ibv_qp_init_attr_ex init = { .qp_type = IBV_QPT_XRC_RECV, .comp_mask = IBV_QP_INIT_ATTR_XRCD };
+	uint32_t mine, theirs;
+
+	if (is_a && is_b)
+		return; /* a_file_names_the_domain */
+	domain.fd = open("/proc/self/exe", O_RDONLY);
+	CHECK(domain.fd >= 0, "cannot open this program's file");
+	init.xrcd = MADE(ibv_open_xrcd(ctx, &domain));
+	struct ibv_qp *target = MADE(ibv_create_qp_ex(ctx, &init));
+	mine = target->qp_num;
+	swap_bytes(&mine, &theirs, sizeof(mine));
+	CHECK(mine != theirs, "two targets have one number");
+	open_attr.xrcd = init.xrcd;
+	open_attr.qp_num = theirs;
+	NOT_MADE(ibv_open_qp(ctx, &open_attr), EINVAL);
+	open_attr.qp_num = mine;
+	OK(ibv_destroy_qp(MADE(ibv_open_qp(ctx, &open_attr))));
+	sync_ends();
+	OK(ibv_destroy_qp(target));
+	OK(ibv_close_xrcd(init.xrcd));
+	OK(close(domain.fd));
+}
+
 /* Messages for a target arrive at the queues of its domain, whichever handle made them and whether its maker still has it. */
 static void messages_by_an_opened_target(void)
 {
@@ -373,6 +402,7 @@ static const struct test_case cases[] = {
 	{ "a_number_of_nobody", a_number_of_nobody, 0 },
 	{ "limits_and_errors", limits_and_errors, LOCAL },
 	{ "a_file_names_the_domain", a_file_names_the_domain, LOCAL },
+	{ "a_file_joins_no_processes", a_file_joins_no_processes, 0 },
 	{ "messages_by_an_opened_target", messages_by_an_opened_target, 0 },
 };
 SUITE(cases)
