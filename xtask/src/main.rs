@@ -74,6 +74,8 @@ enum Soak {
     Ucx { filter: Option<String> },
     /// The portable tree, and clients of other rdma-core and Debian releases; FILTER selects as in test
     Releases { filter: Option<String> },
+    /// The router's container image: built from its Containerfile, without an engine, and run
+    Image,
     /// Deregistration while a copier is stopped at each of its steps
     Revoke(safety::Revoke),
 }
@@ -86,6 +88,7 @@ fn main() -> ExitCode {
         Command::Dist { portable } => dist::run(portable),
         Command::Soak(Soak::Fresh) => soak::fresh(),
         Command::Soak(Soak::Releases { filter }) => test::releases(filter.as_deref()),
+        Command::Soak(Soak::Image) => test::image(),
         Command::Soak(Soak::Ucx { filter }) => test::ucx_matrix(filter.as_deref()),
         Command::Soak(Soak::Kill(args)) => safety::kill(&args),
         Command::Soak(Soak::Hostile(args)) => safety::hostile(&args),

@@ -59,6 +59,11 @@ pub const PORTABLE: &[Package] = &[
     ("binutils", "objdump, for the versions of glibc's symbols"),
     ("mmdebstrap", "makes the roots of other Debian releases"),
 ];
+/// What builds the router's image.
+pub const IMAGE: &[Package] = &[
+    ("buildah", "builds from a Containerfile without an engine"),
+    ("mmdebstrap", "makes the image that it begins with"),
+];
 /// UCX and the MPIs over it.
 pub const UCX: &[Package] = &[
     ("ucx-utils", "ucx_info and ucx_perftest"),

@@ -2,9 +2,11 @@
 
 mod cargo;
 mod clients;
+mod contained;
 mod containers;
 mod device_files;
 mod examples;
+mod image;
 mod labs;
 mod operators;
 mod releases;
@@ -161,6 +163,19 @@ pub fn releases(filter: Option<&str>) -> Result<ExitCode> {
     let mut tally = Tally::default();
     releases::matrix(&mut tally, |name| filter.is_none_or(|f| name.contains(f)));
     summary(&tally, filter, start)
+}
+
+/// `cargo xtask soak image`: the router's image, built and run.
+pub fn image() -> Result<ExitCode> {
+    let start = Instant::now();
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::new("soak image needs root: it makes a Debian root and mounts the image"));
+    }
+    packages::ensure(&[packages::LAB, packages::CLIENTS, packages::IMAGE])?;
+    dist::build()?;
+    let mut tally = Tally::default();
+    tally.check(image::CHECK, image::check);
+    summary(&tally, None, start)
 }
 
 fn summary(tally: &Tally, filter: Option<&str>, start: Instant) -> Result<ExitCode> {
