@@ -1,6 +1,7 @@
 /* helper server|client ADDRESS ROUNDS WAIT: the least that one way costs between two programs which look at memory, with a process each
  * between them and the wire, as two hosts' routers are. A program writes a word and, if its helper sleeps, a byte into a pipe;
  * the helper sends 72 bytes by TCP; the other helper writes a word there, and waits WAIT microseconds for an answer before it sleeps.
+ * A helper that is woken by packets of another processor eight times in a row goes there, as the routers do.
  * Nothing else is done: no keys, no queues, no acknowledgements. Prints the microseconds of one way. */
 #include "probe.h"
 #include <arpa/inet.h>
@@ -47,6 +48,25 @@ static void be_prompt(void)
 	MUST(syscall(SYS_sched_setattr, 0, &attr, 0) == 0);
 }
 
+static void follow(int wire)
+{
+	static int elsewhere;
+	int cpu = -1;
+	socklen_t len = sizeof cpu;
+	cpu_set_t one, allowed;
+
+	MUST(getsockopt(wire, SOL_SOCKET, SO_INCOMING_CPU, &cpu, &len) == 0);
+	elsewhere = cpu == sched_getcpu() ? 0 : elsewhere + 1;
+	if (elsewhere < 8)
+		return;
+	elsewhere = 0;
+	CPU_ZERO(&one);
+	CPU_SET(cpu, &one);
+	MUST(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
+	if (CPU_ISSET(cpu, &allowed))
+		MUST(sched_setaffinity(0, sizeof one, &one) == 0 && sched_setaffinity(0, sizeof allowed, &allowed) == 0);
+}
+
 static void watch(int epoll, int fd)
 {
 	struct epoll_event event = { .events = EPOLLIN | EPOLLET, .data.fd = fd };
@@ -79,6 +99,7 @@ static void help(int wire, int bell, double wait)
 			if (got == 0)
 				_exit(0);
 			came += got / MESSAGE;
+			follow(wire);
 		}
 		atomic_fetch_add(&words->came, came);
 		for (double end = now() + wait; came && atomic_load(&words->goes) == sent && now() < end;)

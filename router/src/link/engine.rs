@@ -18,6 +18,7 @@ use rustix::event::epoll;
 use super::clock::Clock;
 use super::conn::{Conn, End};
 use super::endpoint::Endpoint;
+use super::place::{Place, Traffic};
 use super::remote::{PROMPT, Remote};
 use crate::directory::Tenant;
 use crate::shared::Shared;
@@ -178,6 +179,7 @@ pub struct Engine {
     timers: BinaryHeap<Reverse<(Instant, u32)>>,
     ticked: Instant,
     clock: Clock,
+    place: Place,
     seed: u64,
     /// A host has heard of a group, or cannot be reached: somebody may wait for that.
     pub learned: bool,
@@ -209,6 +211,7 @@ impl Engine {
             timers: BinaryHeap::new(),
             ticked: now,
             clock: Clock::new(now),
+            place: Place::default(),
             seed,
             learned: false,
             to_dial: Vec::new(),
@@ -328,6 +331,10 @@ impl Engine {
             Token::Wake => {}
             Token::Conn(index) => {
                 if let Some(Some(conn)) = self.conns.get_mut(index) {
+                    if let Some(channel) = conn.channel.filter(|_| flags.contains(epoll::EventFlags::IN)) {
+                        let traffic = if channel == PROMPT { Traffic::Small } else { Traffic::Bulk };
+                        self.place.woken_by(conn.as_fd(), traffic, Instant::now());
+                    }
                     let ends = epoll::EventFlags::HUP | epoll::EventFlags::ERR | epoll::EventFlags::RDHUP;
                     conn.readable |= flags.intersects(epoll::EventFlags::IN | ends);
                     conn.writable |= flags.intersects(epoll::EventFlags::OUT | ends);

@@ -16,6 +16,7 @@ mod inbound;
 mod meeting;
 pub mod memory;
 mod outbound;
+mod place;
 mod priority;
 mod remote;
 mod requester;
