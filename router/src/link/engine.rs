@@ -18,6 +18,8 @@ use rustix::event::epoll;
 use super::clock::Clock;
 use super::conn::{Conn, End};
 use super::endpoint::Endpoint;
+use super::habit::Habit;
+use super::hold::Hold;
 use super::place::{Place, Traffic};
 use super::remote::{PROMPT, Remote};
 use crate::directory::Tenant;
@@ -36,9 +38,6 @@ const CALM_TICK: Duration = Duration::from_secs(1);
 const ANSWER: Duration = Duration::from_micros(4);
 /// The same of a process that sleeps, and is being woken: on a processor at rest that takes some 15 us.
 const WAKING: Duration = Duration::from_micros(40);
-/// Deliveries, as a power of two, that pass at most before the next is waited for, of a process that does not answer.
-const RELUCTANCE: u32 = 10;
-
 /// Rings of a bell before it is emptied: a byte each, in a pipe that holds 64 KiB and of which that takes 4 KiB.
 const RINGS: u32 = 1024;
 
@@ -46,6 +45,7 @@ const RINGS: u32 = 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Token {
     Wake,
+    Timer,
     Conn(usize),
     Process(u32),
 }
@@ -54,6 +54,7 @@ impl Token {
     pub fn data(self) -> epoll::EventData {
         epoll::EventData::new_u64(match self {
             Token::Wake => u64::MAX,
+            Token::Timer => u64::MAX - 1,
             Token::Conn(index) => (index as u64) << 1,
             Token::Process(client) => u64::from(client) << 1 | 1,
         })
@@ -62,6 +63,7 @@ impl Token {
     pub fn of(data: epoll::EventData) -> Self {
         match data.u64() {
             u64::MAX => Token::Wake,
+            last if last == u64::MAX - 1 => Token::Timer,
             process if process & 1 == 1 => Token::Process((process >> 1) as u32),
             conn => Token::Conn((conn >> 1) as usize),
         }
@@ -122,30 +124,10 @@ pub struct Process {
     rings: u32,
     marks: HashMap<u32, Vec<u32>>,
     pub datagrams: Option<Datagrams>,
-    habit: Habit,
-}
-
-/// Does a process answer at once what is delivered to it?
-#[derive(Debug, Default)]
-struct Habit {
-    /// Answers that were waited for in vain, in a row.
-    missed: u32,
-    /// Deliveries not to be waited for.
-    pass: u32,
-}
-
-impl Habit {
-    /// Is the next delivery's answer to be waited for?
-    fn is_to_answer(&mut self) -> bool {
-        let passed = self.pass > 0;
-        self.pass = self.pass.saturating_sub(1);
-        !passed
-    }
-
-    fn note(&mut self, answered: bool) {
-        self.missed = if answered { 0 } else { (self.missed + 1).min(RELUCTANCE) };
-        self.pass = (1 << self.missed) - 1;
-    }
+    /// Does it answer while this thread spins?
+    spun: Habit,
+    /// Does it when this thread sleeps?
+    slept: Habit,
 }
 
 /// The ring of a process's datagrams.
@@ -154,6 +136,16 @@ pub struct Datagrams {
     pub ring: FarRing,
     pub next: u32,
     pub bit: u32,
+}
+
+/// The process that something was delivered to in this turn.
+#[derive(Debug, Clone, Copy)]
+pub struct Delivered {
+    pub client: u32,
+    /// It was woken for that.
+    pub woken: bool,
+    /// Others got something too.
+    pub among_others: bool,
 }
 
 #[derive(Debug)]
@@ -166,8 +158,9 @@ pub struct Engine {
     pub processes: HashMap<u32, Process>,
     /// Processes whose doorbell does not wake us: they are looked at.
     awake: Vec<u32>,
-    /// The process that something was delivered to in this turn, and whether it was woken for that.
-    pub delivered: Option<(u32, bool)>,
+    pub delivered: Option<Delivered>,
+    /// Acknowledgements of small operations wait.
+    pub hold: Hold,
     /// Processes whose datagrams wait for connections that take no more.
     pub held_up: Vec<u32>,
     pub remotes: HashMap<Arc<str>, Remote>,
@@ -193,9 +186,10 @@ pub struct Engine {
 }
 
 impl Engine {
-    pub fn new(shared: Weak<Shared>, epoll: Arc<OwnedFd>, seed: u64) -> Self {
-        let now = Instant::now();
-        Engine {
+    pub fn new(shared: Weak<Shared>, epoll: Arc<OwnedFd>, seed: u64) -> rustix::io::Result<Self> {
+        let (now, hold) = (Instant::now(), Hold::new()?);
+        epoll::add(&*epoll, &hold, Token::Timer.data(), epoll::EventFlags::IN | epoll::EventFlags::ET)?;
+        Ok(Engine {
             shared,
             epoll,
             slots: BTreeMap::new(),
@@ -203,6 +197,7 @@ impl Engine {
             processes: HashMap::new(),
             awake: Vec::new(),
             delivered: None,
+            hold,
             held_up: Vec::new(),
             remotes: HashMap::new(),
             conns: Vec::new(),
@@ -218,7 +213,7 @@ impl Engine {
             reaching: false,
             cm_inbox: Vec::new(),
             hosts_gone: Vec::new(),
-        }
+        })
     }
 
     /// By the clock that all deadlines are measured with.
@@ -284,8 +279,8 @@ impl Engine {
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         epoll::add(&*self.epoll, &bell, Token::Process(client).data(), flags)?;
         let marks = HashMap::new();
-        let habit = Habit::default();
-        let process = Process { tenant, vip, doorbell, bell, rings: 0, marks, datagrams: None, habit };
+        let (spun, slept) = (Habit::default(), Habit::unproven());
+        let process = Process { tenant, vip, doorbell, bell, rings: 0, marks, datagrams: None, spun, slept };
         self.processes.insert(client, process);
         self.awake.push(client);
         Ok(())
@@ -329,6 +324,13 @@ impl Engine {
     pub fn note(&mut self, token: Token, flags: epoll::EventFlags) {
         match token {
             Token::Wake => {}
+            Token::Timer => {
+                if let Some(late) =
+                    self.hold.rang(self.now()).and_then(|client| self.processes.get_mut(&client))
+                {
+                    late.slept.note(false);
+                }
+            }
             Token::Conn(index) => {
                 if let Some(Some(conn)) = self.conns.get_mut(index) {
                     if let Some(channel) = conn.channel.filter(|_| flags.contains(epoll::EventFlags::IN)) {
@@ -362,10 +364,12 @@ impl Engine {
         for index in 0..self.conns.len() {
             more |= self.pull(index, now);
         }
-        if let Some((client, woken)) = self.delivered.take()
-            && self.await_answer(client, if woken { WAKING } else { ANSWER })
-        {
-            more |= self.submissions(now);
+        if let Some(delivered) = self.delivered.take() {
+            if self.await_answer(delivered) {
+                more |= self.submissions(now);
+            } else {
+                self.hold_for(delivered, now);
+            }
         }
         self.retry_datagrams(now);
         // Behind what came, which may be what somebody waits for; before what goes out, which may be due now.
@@ -378,9 +382,9 @@ impl Engine {
 
     /// Waits a moment for what a process will submit now that something was delivered to it, if that is its habit: the
     /// answer then needs no waking here, and travels with the acknowledgement. True: there is one.
-    fn await_answer(&mut self, client: u32, limit: Duration) -> bool {
+    fn await_answer(&mut self, Delivered { client, woken, .. }: Delivered) -> bool {
         let Some(process) = self.processes.get_mut(&client) else { return false };
-        if !process.habit.is_to_answer() {
+        if !process.spun.is_to_answer() {
             return false;
         }
         let doorbell = &process.doorbell[0];
@@ -388,13 +392,23 @@ impl Engine {
             doorbell.disarm();
             self.awake.push(client);
         }
-        let end = Instant::now() + limit;
+        let end = Instant::now() + if woken { WAKING } else { ANSWER };
         while !doorbell.marks.any() && Instant::now() < end {
             std::hint::spin_loop();
         }
         let answered = doorbell.marks.any();
-        process.habit.note(answered);
+        process.spun.note(answered);
         answered
+    }
+
+    /// Lets a process have the processor before what it got is acknowledged, if it answers then.
+    fn hold_for(&mut self, Delivered { client, among_others, .. }: Delivered, now: Instant) {
+        let Some(process) = self.processes.get_mut(&client) else { return };
+        if !among_others && process.slept.is_to_answer() {
+            self.hold.begin(client, now);
+        } else {
+            self.hold.end();
+        }
     }
 
     /// Looks at what awake processes have submitted.
@@ -406,12 +420,15 @@ impl Engine {
         }
         for at in 0..self.awake.len() {
             let client = self.awake[at];
-            let Some(process) = self.processes.get(&client) else { continue };
-            let mut datagrams = false;
+            let Some(process) = self.processes.get_mut(&client) else { continue };
+            let (mut datagrams, before) = (false, marked.len());
             process.doorbell[0].marks.drain(|bit| {
                 marked.extend(process.marks.get(&bit).into_iter().flatten());
                 datagrams |= process.datagrams.as_ref().is_some_and(|ring| ring.bit == bit);
             });
+            if marked.len() > before && self.hold.answered(client) {
+                process.slept.note(true);
+            }
             if datagrams {
                 more |= self.send_datagrams(client, now);
             }

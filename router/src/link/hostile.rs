@@ -55,7 +55,7 @@ impl Host {
         let qpn = world.state.create_qp(owner, new).expect("qp");
         world.state.connect(owner, qpn, DEST, Gid::of(THERE.into())).expect("connect");
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).expect("epoll"));
-        let mut engine = Engine::new(Weak::new(), epoll, 1);
+        let mut engine = Engine::new(Weak::new(), epoll, 1).expect("a timer");
         let qp = world.state.far_qp(qpn).expect("all of it");
         let extent = Extent { va: PAGE, len: FILE - PAGE, offset: PAGE };
         let mut extents = [Extent::default(); 3];
@@ -79,6 +79,15 @@ impl Host {
         engine.connect(qp, "h2".into());
         submit(&mut engine, &mut world, owner, qpn);
         Host { engine, file, qpn, _world: world }
+    }
+
+    /// Sleeps until something comes, as the link's thread does, and takes that.
+    #[cfg(test)]
+    fn sleep(&mut self) {
+        let mut wait = [rustix::event::PollFd::new(&*self.engine.epoll, rustix::event::PollFlags::IN)];
+        let watchdog = Timespec { tv_sec: 30, tv_nsec: 0 };
+        assert_ne!(rustix::event::poll(&mut wait, Some(&watchdog)).expect("poll"), 0, "nothing comes");
+        self.work();
     }
 
     /// Takes what came, as the link's thread does, until there is no more.
@@ -246,6 +255,20 @@ mod tests {
         assert_eq!(&there, b"hello");
         let kinds: Vec<u8> = messages(&attacker.hear()).map(|header| header.kind).collect();
         assert!(kinds.contains(&(Kind::Ack as u8)) && kinds.contains(&(Kind::Request as u8)), "{kinds:?}");
+    }
+
+    #[test]
+    fn each_write_is_acknowledged_though_nobody_answers() {
+        let mut host = Host::new(QpType::Rc);
+        let mut attacker = Attacker::new(&mut host, QpType::Rc);
+        for seq in 0..200 {
+            attacker.send(&addressed(&write(seq, b"hello")[2..], host.qpn));
+            host.work();
+            while !messages(&attacker.hear()).any(|said| said.kind == Kind::Ack as u8 && said.seq == seq + 1)
+            {
+                host.sleep();
+            }
+        }
     }
 
     proptest! {

@@ -149,8 +149,11 @@ impl Engine {
     pub fn say_closed(&mut self, slot: &Slot, died: bool) {
         let Some(remote) = self.remotes.get(&slot.host) else { return };
         let (from, to) = (slot.endpoint.qp.qpn, slot.endpoint.qp.dest_qpn);
+        // What was carried out and is not acknowledged yet is now.
+        let (seq, epoch) = (slot.endpoint.responder.expected(), slot.endpoint.responder.epoch());
         if let Some(conn) = remote.meeting.conn(PROMPT).and_then(|at| self.conns.get_mut(at)?.as_mut()) {
-            conn.send_bytes(&Header { status: u8::from(died), ..Header::new(Kind::Close, from, to) }, &[]);
+            let close = Header { status: u8::from(died), seq, epoch, ..Header::new(Kind::Close, from, to) };
+            conn.send_bytes(&close, &[]);
         }
     }
 

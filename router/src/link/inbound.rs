@@ -11,7 +11,7 @@ use freeflow_core::verbs::{Gid, QpType, SendOp, WcStatus};
 
 use super::conn::{Conn, End, Incoming};
 use super::endpoint::{Endpoint, Served};
-use super::engine::{Engine, Held, Target};
+use super::engine::{Delivered, Engine, Held, Target};
 use super::memory::Input;
 use super::outbound::enqueue;
 use super::requester::Nonsense;
@@ -156,7 +156,10 @@ impl Engine {
                     self.answered(qpn, &wr, header, &mut Input::Bytes(&bytes), 8, now);
                 }
             }
-            Kind::Close => self.closed(qpn, header.status == 1, now),
+            Kind::Close => {
+                requester.on_ack(seq, epoch, now)?;
+                self.closed(qpn, header.status == 1, now);
+            }
             _ => {}
         }
         self.go_on(qpn, now);
@@ -268,7 +271,10 @@ impl Engine {
                 self.lines[index].acks.push(qpn);
                 let Some(slot) = self.slots.get_mut(&qpn) else { return };
                 if header.op != SendOp::Read as u8 {
-                    self.delivered = Some((slot.endpoint.qp.client, slot.endpoint.has_woken()));
+                    let (client, woken) = (slot.endpoint.qp.client, slot.endpoint.has_woken());
+                    let among_others =
+                        self.delivered.is_some_and(|other| other.client != client || other.among_others);
+                    self.delivered = Some(Delivered { client, woken, among_others });
                 }
                 if let Some(channel) = conn.channel
                     && !slot.endpoint.responder.reads.is_empty()

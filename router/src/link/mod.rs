@@ -9,6 +9,8 @@ mod conn;
 mod endpoint;
 mod engine;
 mod groups;
+mod habit;
+mod hold;
 #[cfg(any(test, fuzzing))]
 pub mod hostile;
 mod hosts;

@@ -64,7 +64,7 @@ impl Engine {
     pub fn push(&mut self, index: usize, now: Instant) -> bool {
         self.with_conn(index, |engine, conn| {
             let mut any = false;
-            for qpn in std::mem::take(&mut engine.lines[index].acks) {
+            for qpn in engine.acknowledgements_due(index, conn) {
                 engine.slots.get_mut(&qpn).into_iter().for_each(|slot| acknowledge(slot, conn, qpn));
             }
             loop {
@@ -87,6 +87,13 @@ impl Engine {
             }
             Ok(any)
         })
+    }
+
+    /// Whose requests are to be acknowledged now: with whatever goes out, unless all is held back.
+    fn acknowledgements_due(&mut self, index: usize, conn: &Conn) -> Vec<u32> {
+        let line = &mut self.lines[index];
+        let alone = conn.channel == Some(PROMPT) && conn.is_drained() && line.ready.is_empty();
+        if alone && self.hold.is_on() { vec![] } else { std::mem::take(&mut line.acks) }
     }
 
     /// One queue pair's turn on a connection.

@@ -68,7 +68,7 @@ impl Links {
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         epoll::add(&*epoll, &wake, Token::Wake.data(), epoll::EventFlags::IN)?;
-        let engine = Engine::new(Arc::downgrade(shared), epoll.clone(), shared.boot);
+        let engine = Engine::new(Arc::downgrade(shared), epoll.clone(), shared.boot)?;
         let inner = Arc::new(Inner {
             engine: Mutex::new(engine),
             learned: Condvar::new(),
