@@ -505,11 +505,14 @@ static void modify_to_error_flushes(void)
 	sync_ends();
 }
 
-/* A send that waits for a receive is flushed too, and the peer's later receive does not get it. */
+/* A send that waits for a receive is flushed too, and the peer's later receive does not get it, once nothing of it is on its way. */
 static void modify_to_error_flushes_waiting_send(void)
 {
-	struct pair p = pair_open(NULL, NULL);
+	struct pair p = pair_open(NULL, NULL), behind = pair_open(NULL, NULL);
 
+	if (behind.b)
+		OK(post_receive(behind.b, 9, 0, 64));
+	sync_ends();
 	if (p.a) {
 		for (uint64_t i = 0; i < 4; i++)
 			OK(post_op(p.a, IBV_WR_SEND, i, 0, 64, 0, 0));
@@ -517,7 +520,11 @@ static void modify_to_error_flushes_waiting_send(void)
 		for (uint64_t i = 0; i < 4; i++)
 			WANT(p.a->scq, i, IBV_WC_WR_FLUSH_ERR);
 		flushes(p.a);
+		OK(post_op(behind.a, IBV_WR_SEND, 9, 0, 64, 0, 0));
+		WANT(behind.a->scq, 9, IBV_WC_SUCCESS);
 	}
+	if (behind.b)
+		WANT(behind.b->rcq, 9, IBV_WC_SUCCESS);
 	sync_ends();
 	if (p.b) {
 		OK(post_receive(p.b, 1, 0, 64));

@@ -72,7 +72,8 @@ impl Stage {
             ip(&["-n", name, "link", "set", "wire", "up"])?;
             ip(&["-n", name, "link", "set", "lo", "up"])?;
         }
-        Ok(())
+        // The second end may find out a second later that it has a carrier; until then programs take no notice of it.
+        until("the wire", || self.names.iter().all(|name| is_up(name)))
     }
 
     fn certify(&self) -> Result<()> {
@@ -218,6 +219,11 @@ fn ip(words: &[&str]) -> Result<()> {
     succeed(Command::new("ip").args(words)).map(drop)
 }
 
+fn is_up(namespace: &str) -> bool {
+    let link = succeed(Command::new("ip").args(["-n", namespace, "link", "show", "wire"]));
+    link.is_ok_and(|link| link.contains("state UP"))
+}
+
 fn succeed(command: &mut Command) -> Result<String> {
     let done = process::run(command, LIMIT, Echo::Quiet)?;
     if done.success() {
@@ -227,7 +233,7 @@ fn succeed(command: &mut Command) -> Result<String> {
     }
 }
 
-/// Waits for something the kernel has no event for.
+/// Waits for something by looking.
 fn until(what: &str, mut happened: impl FnMut() -> bool) -> Result<()> {
     let start = Instant::now();
     while !happened() {
