@@ -52,6 +52,8 @@ const NOTHING: SockFilter = SockFilter::new(0x06, 0, 0, 0);
 struct Open {
     streams: Vec<TcpStream>,
     silent: bool,
+    /// Pumps that hand on what they have read.
+    busy: usize,
 }
 
 /// A relay between whoever connects and one address.
@@ -77,6 +79,10 @@ impl Relay {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn wait<'a>(&'a self, open: MutexGuard<'a, Open>) -> MutexGuard<'a, Open> {
+        self.0.1.wait(open).unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn join(&self, a: &TcpStream, b: &TcpStream) {
         for (from, to) in [(a, b), (b, a)] {
             let (Ok(from), Ok(to), Ok(known)) = (from.try_clone(), to.try_clone(), from.try_clone()) else {
@@ -98,10 +104,14 @@ impl Relay {
         while let Ok(n @ 1..) = from.read(&mut bytes) {
             let mut open = self.lock();
             while open.silent {
-                open = self.0.1.wait(open).unwrap_or_else(PoisonError::into_inner);
+                open = self.wait(open);
             }
+            open.busy += 1;
             drop(open);
-            if to.write_all(&bytes[..n]).is_err() {
+            let written = to.write_all(&bytes[..n]);
+            self.lock().busy -= 1;
+            self.0.1.notify_all();
+            if written.is_err() {
                 break;
             }
         }
@@ -115,12 +125,33 @@ impl Relay {
         }
     }
 
+    /// Nothing of a silent relay's own may be on its way: it would be sent again and again, since the answers are lost, and by that
+    /// a router's kernel hears that there is somebody.
     fn be_silent(&self, silent: bool) {
         let mut open = self.lock();
         open.silent = silent;
+        while silent && open.busy > 0 {
+            open = self.wait(open);
+        }
+        while silent && open.streams.iter().any(is_unacknowledged) {
+            thread::yield_now();
+        }
         open.streams.iter().for_each(|stream| lose_all(stream, silent));
         self.0.1.notify_all();
     }
+}
+
+/// Has the other side's kernel not acknowledged everything yet? (/proc/net/tcp, proc_net_tcp: `local remote state tx_queue:rx_queue`)
+fn is_unacknowledged(stream: &TcpStream) -> bool {
+    let (Ok(local), Ok(remote)) = (stream.local_addr(), stream.peer_addr()) else { return false };
+    let sockets = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+    sockets.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, from, to, _, queues, ..] = fields[..] else { return false };
+        from.ends_with(&format!(":{:04X}", local.port()))
+            && to.ends_with(&format!(":{:04X}", remote.port()))
+            && !queues.starts_with("00000000:")
+    })
 }
 
 /// The socket loses all that comes to it, or hears again.
