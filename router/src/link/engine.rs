@@ -21,7 +21,8 @@ use super::endpoint::Endpoint;
 use super::habit::Habit;
 use super::hold::Hold;
 use super::place::{Place, Traffic};
-use super::remote::{PROMPT, Remote};
+use super::remote::Remote;
+use super::wire::PROMPT;
 use crate::directory::Tenant;
 use crate::shared::Shared;
 use crate::state::{FarQp, FarRing, Notice};
@@ -78,7 +79,7 @@ pub struct Slot {
     /// The channel its requests take.
     pub channel: usize,
     /// It stands in the line of the connection of this channel.
-    pub queued: [bool; super::remote::CHANNELS],
+    pub queued: [bool; super::wire::CHANNELS],
     /// The connection that its peer's requests come by.
     pub served_by: Option<usize>,
     /// The router that had its peer is gone.
@@ -246,7 +247,7 @@ impl Engine {
             endpoint,
             host: host.clone(),
             channel: PROMPT,
-            queued: [false; super::remote::CHANNELS],
+            queued: [false; super::wire::CHANNELS],
             served_by: None,
             dead: false,
         };

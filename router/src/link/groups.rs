@@ -12,9 +12,8 @@ use zerocopy::IntoBytes as _;
 
 use super::conn::{Conn, End};
 use super::engine::Engine;
-use super::remote::PROMPT;
 use super::requester::Nonsense;
-use super::wire::{self, Header, Kind, Malformed, Opening, membership};
+use super::wire::{self, Header, Kind, Malformed, Opening, PROMPT, membership};
 use crate::cluster::Hosts;
 use crate::directory::Tenant;
 use crate::shared::Shared;

@@ -19,8 +19,7 @@ use rustix::event::{Timespec, epoll};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::engine::{Engine, Token};
-use super::remote::CHANNELS;
-use super::wire::{Header, Kind, Opening, VERSION};
+use super::wire::{CHANNELS, Header, Kind, Opening, VERSION};
 use crate::cluster::Stream;
 use crate::state::testing::World;
 use crate::state::{FarRing, Owner};

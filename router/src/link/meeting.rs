@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::remote::CHANNELS;
+use super::wire::CHANNELS;
 
 /// More than connecting to a host, and both greetings, may take.
 const DIALING: Duration = Duration::from_secs(20);

@@ -13,9 +13,9 @@ use super::conn::{Conn, End};
 use super::endpoint::{Endpoint, Served, spans};
 use super::engine::{Engine, Line, Slot, submissions};
 use super::groups::hosts_of;
-use super::remote::{BULK, PROMPT, Remote};
+use super::remote::Remote;
 use super::requester::Wr;
-use super::wire::{self, Addresses, FRAGMENT, Header, Kind};
+use super::wire::{self, Addresses, BULK, FRAGMENT, Header, Kind, PROMPT};
 use crate::directory::Tenant;
 use crate::shared::Shared;
 

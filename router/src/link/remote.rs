@@ -8,12 +8,6 @@ use super::requester::Nonsense;
 use super::words::Words;
 use crate::directory::Tenant;
 
-/// Connections per pair of hosts: small operations have one of their own, so that they wait behind no large one.
-pub const CHANNELS: usize = 2;
-/// Channel of small operations, and of everything that is not data.
-pub const PROMPT: usize = 0;
-/// Channel of large operations.
-pub const BULK: usize = 1;
 /// Datagrams kept for a host while it is being connected.
 const KEPT: usize = 256;
 /// Asked whether it is there after such a silence, while something is owed by it, and while nothing is.
@@ -156,6 +150,7 @@ impl Remote {
 #[cfg(test)]
 mod tests {
     use super::super::meeting::Attempt;
+    use super::super::wire::CHANNELS;
     use super::*;
 
     #[test]

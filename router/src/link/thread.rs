@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
 use super::engine::{Engine, Token};
 use super::priority;
-use super::remote::CHANNELS;
+use super::wire::CHANNELS;
 use crate::directory::Tenant;
 use crate::listener::{Stop, accept_loop};
 use crate::shared::Shared;
