@@ -105,6 +105,22 @@ static void completion_order(void)
 	}
 }
 
+static void close_pair(const struct pair *p)
+{
+	if (p->a)
+		end_destroy(p->a);
+	if (p->b)
+		end_destroy(p->b);
+}
+
+/* Pairs that share a CQ, and that. */
+static void close_all(const struct pair *p, int count, struct ibv_cq *cq)
+{
+	for (int q = 0; q < count; q++)
+		close_pair(&p[q]);
+	OK(ibv_destroy_cq(cq));
+}
+
 /* Eight QPs feed one CQ: each one's completions are in its order. */
 static void eight_qps_one_cq(void)
 {
@@ -139,10 +155,7 @@ static void eight_qps_one_cq(void)
 		for (uint64_t i = 0; p[q].b && i < EACH; i++)
 			EQ(WANT(p[q].b->rcq, i, IBV_WC_SUCCESS).byte_len, i % 65);
 	sync_ends();
-	for (int q = 0; q < QPS; q++)
-		if (p[q].a)
-			end_destroy(p[q].a);
-	OK(ibv_destroy_cq(cq));
+	close_all(p, QPS, cq);
 }
 
 /* What a poll finds of a queue pair does not hide what of it came later, however many queue pairs the CQ has. */
@@ -173,10 +186,7 @@ static void completions_do_not_hide_others(void)
 			WANT(cq, 2, IBV_WC_SUCCESS);
 	}
 	sync_ends();
-	for (int q = 0; q < QPS; q++)
-		if (p[q].a)
-			end_destroy(p[q].a);
-	OK(ibv_destroy_cq(cq));
+	close_all(p, QPS, cq);
 }
 
 /* ibv_poll_cq(3): fewer than were asked for means that there are no more. Programs rely on it before they sleep. */
@@ -211,13 +221,7 @@ static void fewer_than_asked_for_means_no_more(void)
 		EQ(ibv_poll_cq(cq, 2 * QPS, wc), QPS);
 	}
 	sync_ends();
-	for (int q = 0; q < QPS; q++) {
-		if (p[q].a)
-			end_destroy(p[q].a);
-		if (p[q].b)
-			end_destroy(p[q].b);
-	}
-	OK(ibv_destroy_cq(cq));
+	close_all(p, QPS, cq);
 }
 
 /* A queue pair that gets the place of a destroyed one on a CQ of many is heard, whatever that one left there. */
@@ -246,20 +250,11 @@ static void a_new_queue_pair_in_an_old_ones_place(void)
 		for (int i = 0; one->b && i < turn % 4 * 20; i++)
 			EMPTY(cq);
 		sync_ends();
-		if (one->a)
-			end_destroy(one->a);
-		if (one->b)
-			end_destroy(one->b);
+		close_pair(one);
 		*one = pair_open(NULL, &c);
 	}
 	sync_ends();
-	for (int q = 0; q < QPS; q++) {
-		if (p[q].a)
-			end_destroy(p[q].a);
-		if (p[q].b)
-			end_destroy(p[q].b);
-	}
-	OK(ibv_destroy_cq(cq));
+	close_all(p, QPS, cq);
 }
 
 /* ---- many small messages ----------------------------------------------------------------------------------------- */
