@@ -134,32 +134,44 @@ struct Attacker([UnixStream; CHANNELS]);
 
 impl Attacker {
     fn new(host: &mut Host, kind: QpType) -> Self {
+        let mut attacker = Attacker::connected(host);
+        (0..CHANNELS).for_each(|channel| attacker.greet(channel));
+        host.work();
+        attacker.open(host.qpn, kind);
+        host.work();
+        attacker.answer_open();
+        host.work();
+        attacker
+    }
+
+    /// One that has not said anything yet.
+    fn connected(host: &mut Host) -> Self {
         for (name, attempt) in std::mem::take(&mut host.engine.to_dial) {
             host.engine.dial_failed(&name, attempt); // it is the attacker who connects
         }
-        let wires: [UnixStream; CHANNELS] = std::array::from_fn(|channel| {
-            let (mut theirs, ours) = UnixStream::pair().expect("socketpair");
+        Attacker(std::array::from_fn(|_| {
+            let (theirs, ours) = UnixStream::pair().expect("socketpair");
             ours.set_nonblocking(true).expect("nonblocking");
             theirs.set_nonblocking(true).expect("nonblocking");
             host.engine.accepted(Stream::plain(TcpStream::from(OwnedFd::from(ours)), "h2".into()));
-            let hello = Header { seq: VERSION, a: 9, ..Header::new(Kind::Hello, 0, channel as u32) };
-            theirs.write_all(hello.as_bytes()).expect("room");
             theirs
-        });
-        host.work();
-        let mut attacker = Attacker(wires);
+        }))
+    }
+
+    fn greet(&mut self, channel: usize) {
+        let hello = Header { seq: VERSION, a: 9, ..Header::new(Kind::Hello, 0, channel as u32) };
+        self.0[channel].write_all(hello.as_bytes()).expect("room");
+    }
+
+    fn open(&mut self, qpn: u32, kind: QpType) {
         let ends = Opening { from: Gid::of(THERE.into()).0, to: Gid::of(HERE.into()).0 };
         let open = Header {
             op: kind.counterpart() as u8,
             len: size_of::<Opening>() as u32 + 1,
             a: 3,
-            ..Header::new(Kind::Open, DEST, host.qpn)
+            ..Header::new(Kind::Open, DEST, qpn)
         };
-        attacker.send(&[open.as_bytes(), ends.as_bytes(), b"t"].concat());
-        host.work();
-        attacker.answer_open();
-        host.work();
-        attacker
+        self.send(&[open.as_bytes(), ends.as_bytes(), b"t"].concat());
     }
 
     fn send(&mut self, bytes: &[u8]) {
@@ -254,6 +266,22 @@ mod tests {
         assert_eq!(&there, b"hello");
         let kinds: Vec<u8> = messages(&attacker.hear()).map(|header| header.kind).collect();
         assert!(kinds.contains(&(Kind::Ack as u8)) && kinds.contains(&(Kind::Request as u8)), "{kinds:?}");
+    }
+
+    /// The side that is dialed may open, and ask, as soon as it was greeted on all channels: the answers to its own greetings come
+    /// by each of them in their own time.
+    #[test]
+    fn a_read_that_comes_before_the_last_channel_is_answered() {
+        let mut host = Host::new(QpType::Rc);
+        let mut attacker = Attacker::connected(&mut host);
+        attacker.greet(0);
+        attacker.open(host.qpn, QpType::Rc);
+        let read = Header { op: SendOp::Read as u8, total: 64, rkey: 1, addr: 1, ..Header::default() };
+        attacker.send(&addressed(&sample(Kind::Request, read, &[])[2..], host.qpn));
+        attacker.greet(1);
+        host.work();
+        let kinds: Vec<u8> = messages(&attacker.hear()).map(|header| header.kind).collect();
+        assert!(kinds.contains(&(Kind::ReadData as u8)), "{kinds:?}");
     }
 
     #[test]

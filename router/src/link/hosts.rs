@@ -120,11 +120,8 @@ impl Engine {
         let (prompt, kept) = (remote.meeting.conn(PROMPT), remote.take_kept());
         let mut messages = self.introduce_groups(host);
         messages.extend(kept);
-        for slot in self.slots.values_mut().filter(|slot| slot.host == *host && !slot.dead) {
-            slot.queued = [false; CHANNELS];
-            slot.served_by = None;
-            messages.push(open_message(slot));
-        }
+        let slots = self.slots.values_mut().filter(|slot| slot.host == *host && !slot.dead);
+        messages.extend(slots.map(open_message));
         // The connection at hand is not in its place.
         let prompt = match prompt {
             Some(at) if at == index => Some(conn),
