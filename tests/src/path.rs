@@ -281,6 +281,11 @@ impl Host {
         fs::read_to_string(self.dir.join("router.log")).unwrap_or_default()
     }
 
+    /// For whoever reads why a test failed.
+    pub fn show_log(&self) {
+        eprintln!("log of {}'s router:\n{}", self.dir.display(), self.log());
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.dir.join("router.sock")
     }

@@ -90,9 +90,8 @@ impl Drop for Stage {
 pub fn run(tree: &Tree, target: &Path, options: &Options) -> Result<()> {
     println!("soak cluster");
     let mut stage = Stage::set(tree, target)?;
-    let outcome = stage.story();
-    let logs = || stage.hosts.iter().map(|host| format!("--\n{}", host.log())).collect::<String>();
-    let slowest = outcome.map_err(|why| format!("{why}\nrouters' logs:\n{}", logs()))?;
+    let slowest = stage.story();
+    let slowest = slowest.inspect_err(|_| stage.hosts.iter().for_each(Host::show_log))?;
     if !options.lenient && slowest > PROMISE {
         return Err(format!("it took {slowest:?}"));
     }

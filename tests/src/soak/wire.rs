@@ -179,8 +179,7 @@ pub fn run(tree: &Tree, target: &Path, options: &Options) -> Result<()> {
     println!("soak wire: {} cuts each, --seed {}", options.rounds, options.seed);
     for secure in [false, true] {
         let stage = Stage::set(tree, target, secure)?;
-        let logs = || stage.hosts.iter().map(|host| format!("--\n{}", host.log())).collect::<String>();
-        stage.story(options, secure).map_err(|why| format!("{why}\nrouters' logs:\n{}", logs()))?;
+        stage.story(options, secure).inspect_err(|_| stage.hosts.iter().for_each(Host::show_log))?;
     }
     Ok(())
 }
