@@ -35,6 +35,12 @@ impl Clock {
         self.now
     }
 
+    /// So much later it is, for a test that does not wait.
+    #[cfg(test)]
+    pub fn pass(&mut self, time: Duration) {
+        self.now += time;
+    }
+
     /// The thread means to sleep so long.
     pub fn sleep(&mut self, meant: Duration) {
         self.sleep = meant;

@@ -149,9 +149,18 @@ pub struct Delivered {
     pub among_others: bool,
 }
 
+/// This host, as it greets others.
+#[derive(Debug)]
+pub struct Own {
+    pub name: Arc<str>,
+    /// Random per start of the router.
+    pub boot: u64,
+}
+
 #[derive(Debug)]
 pub struct Engine {
     pub shared: Weak<Shared>,
+    pub own: Own,
     pub epoll: Arc<OwnedFd>,
     pub slots: BTreeMap<u32, Slot>,
     /// UD queue pairs that got datagrams from elsewhere.
@@ -187,11 +196,13 @@ pub struct Engine {
 }
 
 impl Engine {
-    pub fn new(shared: Weak<Shared>, epoll: Arc<OwnedFd>, seed: u64) -> rustix::io::Result<Self> {
+    pub fn new(shared: Weak<Shared>, epoll: Arc<OwnedFd>, own: Own) -> rustix::io::Result<Self> {
         let (now, hold) = (Instant::now(), Hold::new()?);
         epoll::add(&*epoll, &hold, Token::Timer.data(), epoll::EventFlags::IN | epoll::EventFlags::ET)?;
         Ok(Engine {
             shared,
+            seed: own.boot,
+            own,
             epoll,
             slots: BTreeMap::new(),
             targets: HashMap::new(),
@@ -208,7 +219,6 @@ impl Engine {
             ticked: now,
             clock: Clock::new(now),
             place: Place::default(),
-            seed,
             learned: false,
             to_dial: Vec::new(),
             reaching: false,
@@ -220,6 +230,11 @@ impl Engine {
     /// By the clock that all deadlines are measured with.
     pub fn now(&self) -> Instant {
         self.clock.now(Instant::now())
+    }
+
+    #[cfg(test)]
+    pub fn pass(&mut self, time: Duration) {
+        self.clock.pass(time);
     }
 
     /// A number nobody else has: splitmix64 of the router's random start.

@@ -4,129 +4,29 @@
 //! beginning. Nothing may panic, hang, or change what no right was given to.
 
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Weak};
 
-use freeflow_core::ring::{
-    Extent, LinkHeader, LinkWord, MrView, Submissions, Wqe, link::slot_words, mr::slot_of,
-};
-use freeflow_core::shm::{View, make_memfd};
-use freeflow_core::sync::Ordering;
-use freeflow_core::verbs::{Access, Gid, QpState, QpType, SendOp};
-use rustix::event::{Timespec, epoll};
+use freeflow_core::ring::Wqe;
+use freeflow_core::verbs::{Gid, QpType, SendOp};
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
-use super::engine::{Engine, Token};
+use super::testing::{FILE, Host, KEY, PAGE, wire};
 use super::wire::{CHANNELS, Header, Kind, Opening, VERSION};
-use crate::cluster::Stream;
-use crate::state::testing::World;
-use crate::state::{FarRing, Owner};
 
 const HERE: [u8; 4] = [10, 0, 0, 1];
 const THERE: [u8; 4] = [10, 0, 0, 2];
-/// The other end's number, and the key of the one region that it may write to: all of the file but its first page.
+/// The other end's number.
 const DEST: u32 = 77;
-const KEY: u32 = 5 << 16 | 3;
-const FILE: u64 = 3 << 12;
-const PAGE: u64 = 1 << 12;
-/// Requests that wait for answers.
-const SUBMITTED: u32 = 4;
 
-/// The host under attack.
-struct Host {
-    engine: Engine,
-    file: OwnedFd,
-    qpn: u32,
-    _world: World,
-}
-
-impl Host {
-    fn new(kind: QpType) -> Self {
-        let mut world = World::new();
-        let container = world.container("a", HERE, "t");
-        let owner = world.owner_of_new_client(container);
-        let regions = world.own_table(owner);
-        let file = make_memfd("fuzz", FILE).expect("memfd");
-        let pd = world.state.alloc_pd(owner, file.try_clone().expect("dup")).expect("pd");
-        let new = crate::state::NewQp { pd, ..world.new_qp(owner, kind) };
-        let qpn = world.state.create_qp(owner, new).expect("qp");
-        world.state.connect(owner, qpn, DEST, Gid::of(THERE.into())).expect("connect");
-        let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC).expect("epoll"));
-        let mut engine = Engine::new(Weak::new(), epoll, 1).expect("a timer");
-        let qp = world.state.far_qp(qpn).expect("all of it");
-        let extent = Extent { va: PAGE, len: FILE - PAGE, offset: PAGE };
-        let mut extents = [Extent::default(); 3];
-        extents[0] = extent;
-        regions[slot_of(KEY)].publish(&MrView {
-            key: KEY,
-            access: Access::all(),
-            pd,
-            iova: PAGE,
-            addr: PAGE,
-            len: FILE - PAGE,
-            extents,
-            extent_count: 1,
-            ..MrView::default()
-        });
-        let shared = &qp.shared[0];
-        shared.qpn.store(qpn, Ordering::Relaxed);
-        shared.peer_qpn.store(DEST, Ordering::Relaxed);
-        shared.access.store(Access::all().bits(), Ordering::Relaxed);
-        shared.state.store(QpState::Rts as u32, Ordering::Relaxed);
-        engine.connect(qp, "h2".into());
-        submit(&mut engine, &mut world, owner, qpn);
-        Host { engine, file, qpn, _world: world }
+/// The host under attack, some of whose requests wait for the other side, so that answers have something to be about.
+fn victim(kind: QpType) -> Host {
+    let mut host = Host::new("h1", HERE, kind);
+    host.connect("h2", THERE, DEST);
+    for op in [SendOp::Write, SendOp::Read, SendOp::FetchAdd, SendOp::Send] {
+        let total = if op.is_atomic() { 8 } else { 64 };
+        host.post(&Wqe { op: op as u8, total, timeout: 14, ..Wqe::default() }, PAGE);
     }
-
-    /// Sleeps until something comes, as the link's thread does, and takes that.
-    #[cfg(test)]
-    fn sleep(&mut self) {
-        let mut wait = [rustix::event::PollFd::new(&*self.engine.epoll, rustix::event::PollFlags::IN)];
-        let watchdog = Timespec { tv_sec: 30, tv_nsec: 0 };
-        assert_ne!(rustix::event::poll(&mut wait, Some(&watchdog)).expect("poll"), 0, "nothing comes");
-        self.work();
-    }
-
-    /// Takes what came, as the link's thread does, until there is no more.
-    fn work(&mut self) {
-        let mut events = Vec::with_capacity(16);
-        loop {
-            while self.engine.turn() {}
-            events.clear();
-            let (now, room) = (Timespec::default(), rustix::buffer::spare_capacity(&mut events));
-            epoll::wait(&*self.engine.epoll, room, Some(&now)).expect("epoll_wait");
-            if events.is_empty() {
-                return;
-            }
-            events.iter().for_each(|event| self.engine.note(Token::of(event.data), event.flags));
-        }
-    }
-}
-
-/// Has some requests wait for the other side, so that answers have something to be about.
-fn submit(engine: &mut Engine, world: &mut World, owner: Owner, qpn: u32) {
-    let (slab, stride) = (world.slab(owner), slot_words(1, 64));
-    let words = (SUBMITTED as usize * stride * size_of::<LinkWord>()) as u64;
-    assert!(words + (size_of::<LinkHeader>() as u64) < crate::state::testing::SLAB);
-    let ring = |world: &World| -> FarRing {
-        world.state.far_ring(owner, slab, 0, SUBMITTED, stride as u32).expect("in its slab")
-    };
-    let (ours, theirs) = (ring(world), ring(world));
-    let doorbell: View<_> = world.state.far_doorbell(owner, slab, 61440).expect("in its slab");
-    let (heard, _) = freeflow_core::shm::make_bell().expect("bell");
-    engine.open_doorbell(owner.client, ("t".into(), Gid::of(HERE.into())), doorbell, heard).expect("epoll");
-    assert!(engine.attach(owner.client, qpn, theirs, 0, 0));
-    let requests = Submissions::new(&ours.header[0], &ours.words, stride).expect("whole");
-    let list = [freeflow_core::verbs::Sge { addr: PAGE, length: 64, lkey: KEY }];
-    for (seq, op) in (0..).zip([SendOp::Write, SendOp::Read, SendOp::FetchAdd, SendOp::Send]) {
-        let list = [freeflow_core::verbs::Sge { length: if op.is_atomic() { 8 } else { 64 }, ..list[0] }];
-        let wqe = Wqe { op: op as u8, sges: 1, total: list[0].length, timeout: 14, ..Wqe::default() };
-        requests.write(seq, &wqe, &list);
-    }
-    requests.publish(SUBMITTED);
-    engine.take(qpn, engine.now());
+    host
 }
 
 /// The router of the other host, which says one Hello per channel and opens to the queue pair before it goes astray.
@@ -150,10 +50,8 @@ impl Attacker {
             host.engine.dial_failed(&name, attempt); // it is the attacker who connects
         }
         Attacker(std::array::from_fn(|_| {
-            let (theirs, ours) = UnixStream::pair().expect("socketpair");
-            ours.set_nonblocking(true).expect("nonblocking");
-            theirs.set_nonblocking(true).expect("nonblocking");
-            host.engine.accepted(Stream::plain(TcpStream::from(OwnedFd::from(ours)), "h2".into()));
+            let (stream, theirs) = wire("h2");
+            host.engine.accepted(stream);
             theirs
         }))
     }
@@ -221,7 +119,7 @@ fn addressed(bytes: &[u8], qpn: u32) -> Vec<u8> {
 pub fn frames(bytes: &[u8]) {
     let Some((choice, mut rest)) = bytes.split_first() else { return };
     let kind = if choice & 1 == 0 { QpType::Rc } else { QpType::Uc };
-    let mut host = Host::new(kind);
+    let mut host = victim(kind);
     let mut attacker = Attacker::new(&mut host, kind);
     while let Some((len, more)) = rest.split_first_chunk::<2>() {
         let len = usize::from(u16::from_le_bytes(*len) % 2048).min(more.len());
@@ -230,8 +128,7 @@ pub fn frames(bytes: &[u8]) {
         drop(attacker.hear());
         rest = &more[len..];
     }
-    let mut first = [0; PAGE as usize];
-    rustix::io::pread(&host.file, &mut first, 0).expect("pread");
+    let first = host.memory(0, PAGE as usize);
     assert!(first.iter().all(|byte| *byte == 0), "memory that no key grants was written");
 }
 
@@ -247,6 +144,7 @@ fn sample(kind: Kind, header: Header, payload: &[u8]) -> Vec<u8> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     fn write(seq: u32, payload: &[u8]) -> Vec<u8> {
         let total = payload.len() as u32;
@@ -254,16 +152,22 @@ mod tests {
         sample(Kind::Request, Header { op, seq, total, rkey: 1, addr: 1, ..Header::default() }, payload)
     }
 
+    /// Sleeps until something comes, as the link's thread does, and takes that.
+    fn sleep(host: &mut Host) {
+        let mut wait = [PollFd::new(&*host.engine.epoll, PollFlags::IN)];
+        let watchdog = Timespec { tv_sec: 30, tv_nsec: 0 };
+        assert_ne!(poll(&mut wait, Some(&watchdog)).expect("poll"), 0, "nothing comes");
+        host.work();
+    }
+
     #[test]
     fn an_honest_write_is_placed() {
-        let mut host = Host::new(QpType::Rc);
+        let mut host = victim(QpType::Rc);
         let mut attacker = Attacker::new(&mut host, QpType::Rc);
         let message = write(0, b"hello");
         attacker.send(&addressed(&message[2..], host.qpn));
         host.work();
-        let mut there = [0; 5];
-        rustix::io::pread(&host.file, &mut there, PAGE + 1).expect("pread");
-        assert_eq!(&there, b"hello");
+        assert_eq!(host.memory(PAGE + 1, 5), b"hello");
         let kinds: Vec<u8> = messages(&attacker.hear()).map(|header| header.kind).collect();
         assert!(kinds.contains(&(Kind::Ack as u8)) && kinds.contains(&(Kind::Request as u8)), "{kinds:?}");
     }
@@ -272,7 +176,7 @@ mod tests {
     /// by each of them in their own time.
     #[test]
     fn a_read_that_comes_before_the_last_channel_is_answered() {
-        let mut host = Host::new(QpType::Rc);
+        let mut host = victim(QpType::Rc);
         let mut attacker = Attacker::connected(&mut host);
         attacker.greet(0);
         attacker.open(host.qpn, QpType::Rc);
@@ -286,14 +190,14 @@ mod tests {
 
     #[test]
     fn each_write_is_acknowledged_though_nobody_answers() {
-        let mut host = Host::new(QpType::Rc);
+        let mut host = victim(QpType::Rc);
         let mut attacker = Attacker::new(&mut host, QpType::Rc);
         for seq in 0..200 {
             attacker.send(&addressed(&write(seq, b"hello")[2..], host.qpn));
             host.work();
             while !messages(&attacker.hear()).any(|said| said.kind == Kind::Ack as u8 && said.seq == seq + 1)
             {
-                host.sleep();
+                sleep(&mut host);
             }
         }
     }

@@ -16,15 +16,6 @@ use crate::cluster::Stream;
 use crate::state::Notice;
 
 impl Engine {
-    fn own_name(&self) -> Arc<str> {
-        let shared = self.shared.upgrade();
-        shared.and_then(|s| s.cluster.get().map(|c| c.hosts.own().into())).unwrap_or_else(|| "".into())
-    }
-
-    fn boot(&self) -> u64 {
-        self.shared.upgrade().map_or(0, |shared| shared.boot)
-    }
-
     /// Sees to it that there are connections to a host, now or soon.
     pub fn reach(&mut self, host: &Arc<str>, now: Instant) {
         let remote = self.remotes.entry(host.clone()).or_insert_with(|| Remote::new(now));
@@ -53,7 +44,7 @@ impl Engine {
             return;
         }
         let mut conn = Conn::new(stream, host.clone(), Some(attempt), None);
-        conn.send_bytes(&hello(channel, self.boot(), attempt), &[]);
+        conn.send_bytes(&hello(channel, self.own.boot, attempt), &[]);
         if let Err(errno) = self.add(conn) {
             tracing::warn!("cannot watch a connection to host {host}: {errno}");
         }
@@ -75,7 +66,7 @@ impl Engine {
             tracing::warn!("host {} speaks version {} of the protocol, not {VERSION}", conn.host, header.seq);
             return Err(Malformed::Content("a hello of another version").into());
         }
-        let (host, lower) = (conn.host.clone(), *self.own_name() < *conn.host);
+        let (host, lower) = (conn.host.clone(), *self.own.name < *conn.host);
         self.met(&host, header.a, conn.dialed, now);
         let of = conn.dialed.map_or(Attempt::Theirs(header.b as u32), Attempt::Ours);
         let remote = self.remotes.entry(host.clone()).or_insert_with(|| Remote::new(now));
@@ -85,7 +76,7 @@ impl Engine {
         }
         conn.channel = Some(channel);
         if let Attempt::Theirs(attempt) = of {
-            conn.send_bytes(&hello(channel, self.boot(), attempt), &[]);
+            conn.send_bytes(&hello(channel, self.own.boot, attempt), &[]);
         }
         let Some(remote) = self.remotes.get_mut(&host) else { return Ok(()) };
         remote.heard = now;

@@ -23,6 +23,8 @@ mod priority;
 mod remote;
 mod requester;
 mod responder;
+#[cfg(any(test, fuzzing))]
+mod testing;
 #[cfg(test)]
 mod tests;
 mod thread;

@@ -12,7 +12,7 @@ use freeflow_core::shm::{View, make_bell};
 use freeflow_core::verbs::Gid;
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
-use super::engine::{Engine, Token};
+use super::engine::{Engine, Own, Token};
 use super::priority;
 use super::wire::CHANNELS;
 use crate::directory::Tenant;
@@ -63,12 +63,13 @@ impl Inner {
 }
 
 impl Links {
-    /// Listens at `listen` for other routers, and starts to work.
-    pub fn start(shared: &Arc<Shared>, listen: std::net::SocketAddr) -> std::io::Result<Self> {
+    /// Listens at `listen` for other routers as the host `name`, and starts to work.
+    pub fn start(shared: &Arc<Shared>, name: &str, listen: std::net::SocketAddr) -> std::io::Result<Self> {
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         epoll::add(&*epoll, &wake, Token::Wake.data(), epoll::EventFlags::IN)?;
-        let engine = Engine::new(Arc::downgrade(shared), epoll.clone(), shared.boot)?;
+        let own = Own { name: name.into(), boot: shared.boot };
+        let engine = Engine::new(Arc::downgrade(shared), epoll.clone(), own)?;
         let inner = Arc::new(Inner {
             engine: Mutex::new(engine),
             learned: Condvar::new(),
