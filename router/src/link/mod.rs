@@ -18,6 +18,8 @@ mod inbound;
 mod meeting;
 pub mod memory;
 mod outbound;
+#[cfg(test)]
+mod pair;
 mod place;
 mod priority;
 mod remote;
