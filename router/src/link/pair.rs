@@ -67,6 +67,9 @@ struct Pair {
     /// Attempts, and the channels that are still to be dialed.
     dialing: [VecDeque<(u32, usize)>; 2],
     posted: [Vec<Wqe>; 2],
+    /// Words of connection managers: how many each side has said, and those that it heard.
+    said: [u8; 2],
+    heard: [Vec<u8>; 2],
 }
 
 fn pattern(side: usize) -> Vec<u8> {
@@ -84,7 +87,8 @@ impl Pair {
             );
             host.connect(NAMES[1 - side], ADDRESSES[1 - side], numbers[1 - side]);
         }
-        Pair { hosts, wires: vec![], dialing: Default::default(), posted: Default::default() }
+        let (dialing, posted, heard) = Default::default();
+        Pair { hosts, wires: vec![], dialing, posted, said: [0; 2], heard }
     }
 
     fn post(&mut self, side: usize, choice: u16) {
@@ -103,12 +107,18 @@ impl Pair {
         self.posted[side].push(wqe);
     }
 
+    fn say(&mut self, side: usize) {
+        self.hosts[side].engine.send_cm(&NAMES[1 - side].into(), &[self.said[side]]);
+        self.said[side] = self.said[side].saturating_add(1);
+    }
+
     fn turn(&mut self, side: usize) -> bool {
         let host = &mut self.hosts[side];
         let moved = host.note() | host.engine.turn();
         for (_, attempt) in std::mem::take(&mut host.engine.to_dial) {
             self.dialing[side].extend((0..CHANNELS).map(|channel| (attempt, channel)));
         }
+        self.heard[side].extend(host.engine.cm_inbox.drain(..).flat_map(|(_, word)| word));
         moved
     }
 
@@ -155,13 +165,19 @@ impl Pair {
             (18, Some(which)) => _ = self.wires[which].carry(side, usize::from(choice % 200) + 1),
             (19 | 20, _) => self.post(side, choice),
             (21, _) => self.pass(side),
-            (22, Some(_)) if choice % 16 == 0 => self.cut(),
+            (22, _) => self.say(side),
+            (23, Some(_)) if choice % 16 == 0 => self.cut(),
             _ => {}
         }
     }
 
     /// Is everything done that was asked for?
     fn is_done(&self) -> bool {
+        let heard = [0, 1].map(|side| self.heard[1 - side].len() == usize::from(self.said[side]));
+        heard == [true; 2] && self.are_carried_out()
+    }
+
+    fn are_carried_out(&self) -> bool {
         self.hosts.iter().zip(&self.posted).all(|(host, posted)| {
             let (done, well) = host.done();
             assert!(well, "a request failed after {done}");
@@ -188,8 +204,8 @@ impl Pair {
                 self.wait();
             }
         }
-        let said: Vec<_> = self.hosts.iter().map(Host::done).collect();
-        panic!("stands still: {said:?} of {:?}", self.posted);
+        let done: Vec<_> = self.hosts.iter().map(Host::done).collect();
+        panic!("stands still: {done:?} of {:?}, {:?} of {:?} heard", self.posted, self.heard, self.said);
     }
 
     /// For a timer of the system's, which is no longer than that.
@@ -199,7 +215,7 @@ impl Pair {
         poll(&mut fds, Some(&most)).expect("poll");
     }
 
-    /// What was written is there, what was read is here, and each atomic was carried out once, in order.
+    /// What was written is there, what was read is here, and each atomic was carried out, and each word heard, once and in order.
     fn check(&self) {
         for (side, posted) in self.posted.iter().enumerate() {
             let (here, there) = (&self.hosts[side], &self.hosts[1 - side]);
@@ -214,6 +230,7 @@ impl Pair {
             let counted = counts.map(|(nth, _)| here.memory(COUNTS + nth as u64 * 8, 8)).zip(0u64..);
             let last = counted.inspect(|(was, count)| assert_eq!(*was, count.to_ne_bytes())).count();
             assert_eq!(there.memory(COUNTER, 8), (last as u64).to_ne_bytes());
+            assert_eq!(self.heard[1 - side], (0..self.said[side]).collect::<Vec<u8>>());
         }
     }
 }
@@ -223,7 +240,7 @@ proptest! {
 
     #[test]
     fn whatever_the_network_does_all_is_carried_out_once(
-        steps in prop::collection::vec((0u8..23, 0usize..2, any::<u16>()), 0..1500),
+        steps in prop::collection::vec((0u8..24, 0usize..2, any::<u16>()), 0..1500),
     ) {
         const { assert!(COUNTS + DEPTH as u64 * 8 <= FILE && ANSWERS + AREA <= WRITTEN) };
         let mut pair = Pair::new();
