@@ -93,6 +93,9 @@ parameters! {
     /// Instead of TLS: anybody on the network can then read and change what containers of different hosts send, and
     /// pretend to be any host.
     insecure_plain_tcp: bool = false;
+    /// TCP's congestion control between routers, for instance `dctcp`; empty: the host's own (sysctl net.ipv4.tcp_congestion_control), but
+    /// cubic where that is bbr, which is made for long paths and slow between hosts of a cluster.
+    congestion_control: String = String::new();
 }
 
 /// An IPv4 network.

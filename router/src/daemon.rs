@@ -210,7 +210,8 @@ fn add_default(shared: &Shared, socket: &Path) -> Result<u32, Error> {
 /// they were connected look for it again.
 fn start_links(shared: &Arc<Shared>, membership: &Membership) -> Result<Links, Error> {
     let listen = shared.settings.cluster_listen;
-    let links = Links::start(shared, membership.hosts.own(), listen);
+    let links =
+        membership.listen(listen).and_then(|listener| Links::start(shared, membership.hosts.own(), listener));
     let links = links.map_err(system(format!("cannot listen for other routers at {listen}")))?;
     let weak = Arc::downgrade(shared);
     membership.hosts.subscribe(Box::new(move |moved| {

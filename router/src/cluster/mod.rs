@@ -3,6 +3,7 @@
 //! Owns identity between hosts and the directory of containers. It must never know what travels between routers.
 
 pub mod certs;
+mod congestion;
 pub mod directory;
 pub mod hosts;
 pub mod security;
@@ -10,8 +11,12 @@ pub mod stream;
 #[cfg(test)]
 mod tests;
 
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::time::Duration;
 
+use congestion::Congestion;
 pub use directory::{Backend, Claim, Source};
 pub use hosts::{Home, Host, HostName, Hosts, Moved};
 pub use security::{Files, Security, SecurityError};
@@ -23,6 +28,7 @@ use crate::config::Settings;
 #[derive(Debug)]
 pub struct Membership {
     pub security: Security,
+    congestion: Congestion,
     pub hosts: Arc<Hosts>,
     directory: Box<dyn Backend>,
 }
@@ -43,8 +49,13 @@ pub enum ClusterError {
     NoDirectory,
     #[error("cluster_address {0:?} is no address and port")]
     BadAddress(String),
+    #[error(
+        "congestion_control {name:?}: {why} (/proc/sys/net/ipv4/tcp_available_congestion_control has those of this kernel, \
+         tcp_allowed_congestion_control those that need no CAP_NET_ADMIN)"
+    )]
+    Congestion { name: String, why: io::Error },
     #[error("directory: {0}")]
-    System(std::io::Error),
+    System(io::Error),
     #[error("the kernel has no host name: set `host`")]
     NoName,
 }
@@ -60,13 +71,29 @@ impl Membership {
         }
         let name = host_name(settings)?;
         let security = security(settings, &name)?;
+        let congestion = congestion(settings)?;
         let hosts = Arc::new(Hosts::of(&name));
         let directory: Box<dyn Backend> = match &settings.directory {
             Source::Alone => return Ok(None),
             Source::File(path) => Box::new(directory::file::File::start(path, hosts.clone())?),
             Source::Etcd(urls) => etcd(settings, urls, hosts.clone())?,
         };
-        Ok(Some(Membership { security, hosts, directory }))
+        Ok(Some(Membership { security, congestion, hosts, directory }))
+    }
+
+    /// Where other routers connect to.
+    pub fn listen(&self, at: SocketAddr) -> io::Result<TcpListener> {
+        let listener = TcpListener::bind(at)?;
+        self.congestion.apply(&listener);
+        Ok(listener)
+    }
+
+    /// A connection to where another router listens.
+    pub fn dial(&self, to: SocketAddr, within: Duration) -> io::Result<TcpStream> {
+        let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None)?;
+        self.congestion.apply(&socket);
+        socket.connect_timeout(&to.into(), within)?;
+        Ok(socket.into())
     }
 
     /// This host has `home` now; never waits.
@@ -97,11 +124,11 @@ fn etcd(settings: &Settings, urls: &[String], hosts: Arc<Hosts>) -> Result<Box<d
 
 /// How long a host that is gone is still in the directory.
 #[cfg(feature = "etcd")]
-const ETCD_TTL: std::time::Duration = std::time::Duration::from_secs(10);
+const ETCD_TTL: Duration = Duration::from_secs(10);
 
 /// Where other hosts find this one.
 #[cfg(feature = "etcd")]
-fn advertised(settings: &Settings) -> Result<std::net::SocketAddr, ClusterError> {
+fn advertised(settings: &Settings) -> Result<SocketAddr, ClusterError> {
     if !settings.cluster_address.is_empty() {
         let address = &settings.cluster_address;
         return address.parse().map_err(|_| ClusterError::BadAddress(address.clone()));
@@ -121,6 +148,12 @@ fn host_name(settings: &Settings) -> Result<String, ClusterError> {
     let system = rustix::system::uname();
     let name = system.nodename().to_string_lossy().into_owned();
     if name.is_empty() { Err(ClusterError::NoName) } else { Ok(name) }
+}
+
+fn congestion(settings: &Settings) -> Result<Congestion, ClusterError> {
+    let name = &settings.congestion_control;
+    Congestion::configured(name)
+        .map_err(|errno| ClusterError::Congestion { name: name.clone(), why: errno.into() })
 }
 
 fn security(settings: &Settings, host: &str) -> Result<Security, SecurityError> {

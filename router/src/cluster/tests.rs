@@ -5,8 +5,11 @@ use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
+use rustix::net::sockopt::tcp_congestion;
+
 use super::certs::{Authority, Pair};
-use super::{Files, Security, SecurityError, Stream};
+use super::{ClusterError, Files, Membership, Security, SecurityError, Source, Stream};
+use crate::config::Settings;
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -226,4 +229,32 @@ fn plain_routers_meet_by_name() {
     talk(dialed, accepted);
     let (dialed, _) = meet(|tcp| one.connect(tcp, "h3"), &two);
     assert!(words(dialed).contains("\"h2\", not \"h3\""));
+}
+
+/// A host of a cluster of its own, by its configuration.
+fn member(host: &str, congestion_control: &str) -> Result<Membership, ClusterError> {
+    let path = std::env::temp_dir().join(format!("ff-member-{}-{host}.toml", std::process::id()));
+    std::fs::write(&path, "").expect("write");
+    let membership = Membership::start(&Settings {
+        host: host.into(),
+        cluster_listen: ([127, 0, 0, 1], 1).into(),
+        directory: Source::File(path.clone()),
+        insecure_plain_tcp: true,
+        congestion_control: congestion_control.into(),
+        ..Settings::default()
+    });
+    std::fs::remove_file(path).expect("its own file");
+    membership.map(|member| member.expect("it has a directory"))
+}
+
+#[test]
+fn connections_between_routers_have_the_congestion_control_of_the_configuration() {
+    let member_of = |host| member(host, "reno").expect("every kernel has it");
+    let (one, two) = (member_of("cc1"), member_of("cc2"));
+    let listener = two.listen(([127, 0, 0, 1], 0).into()).expect("listen");
+    let dialed = one.dial(listener.local_addr().expect("address"), DAY).expect("dial");
+    let accepted = listener.accept().expect("accept").0;
+    assert_eq!([dialed, accepted].map(|tcp| tcp_congestion(tcp).ok()), [(); 2].map(|()| Some("reno".into())));
+    let why = member("cc3", "no-such-one").expect_err("nobody has it").to_string();
+    assert!(why.contains("\"no-such-one\"") && why.contains("tcp_available_congestion_control"), "{why}");
 }

@@ -63,8 +63,8 @@ impl Inner {
 }
 
 impl Links {
-    /// Listens at `listen` for other routers as the host `name`, and starts to work.
-    pub fn start(shared: &Arc<Shared>, name: &str, listen: std::net::SocketAddr) -> std::io::Result<Self> {
+    /// Takes other routers' connections from `listener` as the host `name`, and starts to work.
+    pub fn start(shared: &Arc<Shared>, name: &str, listener: TcpListener) -> std::io::Result<Self> {
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         epoll::add(&*epoll, &wake, Token::Wake.data(), epoll::EventFlags::IN)?;
@@ -78,7 +78,6 @@ impl Links {
             ended: AtomicBool::new(false),
             shared: Arc::downgrade(shared),
         });
-        let listener = TcpListener::bind(listen)?;
         listener.set_nonblocking(true)?;
         let stop = Arc::new(Stop::new()?);
         let (worker, taker, stopped) = (inner.clone(), inner.clone(), stop.clone());
@@ -202,7 +201,7 @@ fn dial_channel(inner: &Inner, host: &Arc<str>, attempt: u32, channel: usize) ->
     let shared = inner.shared.upgrade().ok_or("the router stops")?;
     let cluster = shared.cluster.get().ok_or("this host is in no cluster")?;
     let known = cluster.hosts.by_name(host).ok_or("the directory does not have it")?;
-    let tcp = TcpStream::connect_timeout(&known.addr, DIAL).map_err(|e| format!("{}: {e}", known.addr))?;
+    let tcp = cluster.dial(known.addr, DIAL).map_err(|e| format!("{}: {e}", known.addr))?;
     let stream = cluster.security.connect(tcp, host).map_err(|e| e.to_string())?;
     inner.change(|engine| engine.dialed(stream, host, attempt, channel));
     Ok(())
