@@ -21,6 +21,7 @@ use super::context::Context;
 use super::lanes::Lanes;
 use super::lock::Lock;
 use super::moderation::Moderation;
+use super::offer::offer_processor;
 use super::qp::Qp;
 use super::slab::{Block, BlockKind};
 use super::srq::XrcQueue;
@@ -48,6 +49,8 @@ pub struct Cq {
     cqe: AtomicU32,
     /// Sends mark the dirty map too.
     mapped: AtomicBool,
+    /// A queue pair's peer is, or was, on another host.
+    far: AtomicBool,
     moderation: Mutex<Moderation>,
     inner: Lock<Inner>,
 }
@@ -161,8 +164,10 @@ impl Context {
         };
         let context = Arc::clone(self);
         let cqe = AtomicU32::new(cqe);
-        let (mapped, moderation, inner) = (AtomicBool::new(false), Mutex::default(), Lock::default());
-        let cq = Arc::new(Cq { context, id, shared, channel, block, cookie, cqe, mapped, moderation, inner });
+        let (mapped, far) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (moderation, inner) = (Mutex::default(), Lock::default());
+        let cq = Cq { context, id, shared, channel, block, cookie, cqe, mapped, far, moderation, inner };
+        let cq = Arc::new(cq);
         if let Some(channel) = &cq.channel {
             channel.attach(Arc::downgrade(&cq));
         }
@@ -205,7 +210,7 @@ impl Cq {
         inner.idle = if filled == 0 { inner.idle.wrapping_add(1) } else { 0 };
         if inner.idle % PATIENCE == PATIENCE - 1 {
             drop(inner);
-            std::thread::yield_now();
+            if self.far.load(Ordering::Relaxed) { offer_processor() } else { std::thread::yield_now() }
         }
         filled
     }
@@ -376,6 +381,11 @@ impl Cq {
         if self.mapped.load(Ordering::Relaxed) {
             self.shared[0].marks.mark(bit);
         }
+    }
+
+    /// What is waited for here may come from another host.
+    pub(super) fn reaches_far(&self) {
+        self.far.store(true, Ordering::Relaxed);
     }
 
     /// A send ended. Without a channel nobody sleeps, and the shared header stays untouched.

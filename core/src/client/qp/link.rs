@@ -22,6 +22,8 @@ impl Qp {
             let made = LinkQueue::new(context, depth, sges, inline)?;
             self.lanes.link.get_or_init(|| Arc::clone(&made.lane));
             side.link = Some(Box::new(made));
+            self.send_cq.reaches_far();
+            self.recv_cq.reaches_far();
         }
         let first = side.queue.next;
         let link = side.link.as_mut().map(|link| link.attach(context, self.qpn(), self.send_bit, first));

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use freeflow_core::client::Channel;
+use freeflow_core::client::{Channel, offer_processor};
 use freeflow_core::error::{Error, Result};
 use freeflow_core::verbs::{Gid, Wc, WcStatus};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -64,11 +64,19 @@ impl Iface {
         if self.work.get() {
             done += self.work();
         }
-        let patience = if self.device() == Device::Here { PATIENCE } else { PATIENCE_FAR };
-        if done == 0 && self.ticks.get().is_multiple_of(patience) {
-            std::thread::yield_now();
+        if done == 0 {
+            self.wait_a_little();
         }
         done
+    }
+
+    fn wait_a_little(&self) {
+        let after = |calls| self.ticks.get().is_multiple_of(calls);
+        match self.device() {
+            Device::Here if after(PATIENCE) => std::thread::yield_now(),
+            Device::Far if after(PATIENCE_FAR) => offer_processor(),
+            _ => {}
+        }
     }
 
     fn poll_fifos(&self) -> u32 {
