@@ -288,7 +288,7 @@ impl Endpoint {
             let solicited = header.flags & super::wire::flags::SOLICITED != 0;
             let flags = SendFlags::INLINE | if solicited { SendFlags::SOLICITED } else { SendFlags::empty() };
             let sges = [Sge { addr: base, length, lkey: 0 }];
-            let target = target_of(header, op);
+            let target = target_of(op, (header.addr, header.rkey), (header.a, header.b));
             let request = Request { op, flags, imm: header.imm, target, sges: &sges, srqn: header.srqn };
             let mut memory = self.inbound(domain, Some(input), base + u64::from(header.offset));
             memory.word = op.is_word();
@@ -391,17 +391,15 @@ pub fn spans(qp: &FarQp, wr: &Wr, offset: u32, len: u32) -> Result<Vec<Span>, Wc
     }
 }
 
-fn target_of(header: &Header, op: SendOp) -> Target {
+/// The remote side of a request: its address and key, and the two words that some operations have.
+fn target_of(op: SendOp, (addr, rkey): (u64, u32), (a, b): (u64, u64)) -> Target {
     match op {
         SendOp::Send | SendOp::SendImm | SendOp::SendInv => Target::Receive,
         SendOp::LocalInv | SendOp::BindMw => Target::Invalidate { rkey: 0 },
         SendOp::Write | SendOp::WriteImm | SendOp::Read | SendOp::AtomicWrite => {
-            Target::Memory { addr: header.addr, rkey: header.rkey }
+            Target::Memory { addr, rkey }
         }
-        SendOp::CompareSwap | SendOp::FetchAdd => {
-            let Header { addr, rkey, a, b, .. } = *header;
-            Target::Atomic { addr, rkey, compare_add: a, swap: b }
-        }
+        SendOp::CompareSwap | SendOp::FetchAdd => Target::Atomic { addr, rkey, compare_add: a, swap: b },
     }
 }
 
@@ -418,17 +416,7 @@ fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
         [] if !op.writes_locally() => Source::Payload(payload.into()),
         list => Source::List(list.to_vec()),
     };
-    let target = match op {
-        SendOp::Send | SendOp::SendImm | SendOp::SendInv => Target::Receive,
-        SendOp::LocalInv | SendOp::BindMw => Target::Invalidate { rkey: 0 },
-        SendOp::Write | SendOp::WriteImm | SendOp::Read | SendOp::AtomicWrite => {
-            Target::Memory { addr: wqe.addr, rkey: wqe.rkey }
-        }
-        SendOp::CompareSwap | SendOp::FetchAdd => {
-            let Wqe { addr, rkey, compare_add, swap, .. } = *wqe;
-            Target::Atomic { addr, rkey, compare_add, swap }
-        }
-    };
+    let target = target_of(op, (wqe.addr, wqe.rkey), (wqe.compare_add, wqe.swap));
     let long = total > limits::MESSAGE || (op.is_word() && total != 8) || (own && total > 0);
     Some(Wr {
         op,
