@@ -12,7 +12,7 @@ use freeflow_core::ring::{
 };
 use freeflow_core::shm::{Mapping, make_memfd};
 use freeflow_core::sync::AtomicU32;
-use freeflow_core::verbs::{Access, Gid, SendFlags, SendOp, Sge};
+use freeflow_core::verbs::{Access, Flush, Gid, SendFlags, SendOp, Sge};
 use proptest::prelude::*;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags as MsgFlags};
@@ -158,6 +158,7 @@ proptest! {
         writes in writes(),
         op in prop::sample::select(vec![
             SendOp::Send, SendOp::SendImm, SendOp::Write, SendOp::WriteImm, SendOp::Read, SendOp::FetchAdd,
+            SendOp::Flush,
         ]),
         len in 41u32..LOCAL_LEN as u32,
         addr in prop_oneof![Just(0x5000), word()],
@@ -188,6 +189,7 @@ proptest! {
         let target = match op {
             SendOp::Send | SendOp::SendImm => Target::Receive,
             SendOp::FetchAdd => atomic,
+            SendOp::Flush => Target::Flush { addr, rkey: 1 << 24, len: u64::from(len), what: Flush::all() },
             _ => Target::Memory { addr, rkey: 1 << 24 },
         };
         let sges = [Sge { addr: LOCAL, length: len, lkey: 1 << 24 }];

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use std::{fs, process};
 
 /// One area each, in the order in which their failures are best read.
-pub const PROGRAMS: [&str; 17] = [
+pub const PROGRAMS: [&str; 18] = [
     "device",
     "objects",
     "qp_states",
@@ -23,6 +23,7 @@ pub const PROGRAMS: [&str; 17] = [
     "control",
     "memory",
     "mw",
+    "flush",
     "mcast",
     "large",
 ];

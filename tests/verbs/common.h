@@ -183,6 +183,23 @@ bool is_atomic(enum ibv_wr_opcode op);
 int post_op(struct end *e, enum ibv_wr_opcode op, uint64_t wr_id, size_t off, size_t len, size_t remote_off, int flags);
 int post_receive(struct end *e, uint64_t wr_id, size_t off, size_t len);
 
+/*
+ * FLUSH (IBA annex A19) came with rdma-core 45: what Debian 12's headers lack, under names of our own. With newer headers
+ * (HAVE_WR_FLUSH) the compiler compares them, and the call is that release's inline function.
+ */
+enum {
+	WR_FLUSH = 14,
+	WC_FLUSH = 8,
+	QP_EX_WITH_FLUSH = 1 << 11,
+	ACCESS_FLUSH_GLOBAL = 1 << 8,
+	ACCESS_FLUSH_PERSISTENT = 1 << 9,
+	FLUSH_GLOBAL = 1, /* placement types */
+	FLUSH_PERSISTENT = 2,
+	FLUSH_RANGE = 0, /* selectivity levels */
+	FLUSH_MR = 1,
+};
+void wr_flush(struct ibv_qp_ex *q, uint32_t rkey, uint64_t addr, size_t len, uint8_t placement, uint8_t level);
+
 double now(void);
 struct ibv_wc wait_at(const char *file, int line, struct ibv_cq *cq);
 #define WAIT(cq) wait_at(__FILE__, __LINE__, cq)

@@ -349,8 +349,8 @@ static void bad_requests(void)
 		w.opcode = ops[i];
 		RC(ibv_post_send(u->qp, &w, &bad), EINVAL);
 	}
-	/* what the C API has and this device has not (14 is IBV_WR_FLUSH of later releases) */
-	static const int unbuilt[] = { IBV_WR_TSO, IBV_WR_DRIVER1, 14 };
+	/* what the C API has and this device has not, or only by ibv_wr_flush */
+	static const int unbuilt[] = { IBV_WR_TSO, IBV_WR_DRIVER1, WR_FLUSH };
 	for (size_t i = 0; i < COUNT(unbuilt); i++) {
 		w = good;
 		w.opcode = (enum ibv_wr_opcode)unbuilt[i];

@@ -110,6 +110,25 @@ int post_receive(struct end *e, uint64_t wr_id, size_t off, size_t len)
 	return ibv_post_recv(e->qp, &w, &bad);
 }
 
+void wr_flush(struct ibv_qp_ex *q, uint32_t rkey, uint64_t addr, size_t len, uint8_t placement, uint8_t level)
+{
+#ifdef HAVE_WR_FLUSH
+	_Static_assert((int)WR_FLUSH == IBV_WR_FLUSH && (int)WC_FLUSH == IBV_WC_FLUSH && (int)QP_EX_WITH_FLUSH == IBV_QP_EX_WITH_FLUSH &&
+			       (int)ACCESS_FLUSH_GLOBAL == IBV_ACCESS_FLUSH_GLOBAL &&
+			       (int)ACCESS_FLUSH_PERSISTENT == IBV_ACCESS_FLUSH_PERSISTENT && (int)FLUSH_GLOBAL == IBV_FLUSH_GLOBAL &&
+			       (int)FLUSH_PERSISTENT == IBV_FLUSH_PERSISTENT && (int)FLUSH_RANGE == IBV_FLUSH_RANGE &&
+			       (int)FLUSH_MR == IBV_FLUSH_MR,
+		       "this release's numbers");
+	ibv_wr_flush(q, rkey, addr, len, placement, level);
+#else
+	/* The function behind the last one that rdma-core 44 knows. */
+	void (*function)(struct ibv_qp_ex *, uint32_t, uint64_t, size_t, uint8_t, uint8_t);
+
+	memcpy(&function, (char *)q + offsetof(struct ibv_qp_ex, wr_atomic_write) + sizeof(q->wr_atomic_write), sizeof(function));
+	function(q, rkey, addr, len, placement, level);
+#endif
+}
+
 /* ---- waiting ----------------------------------------------------------------------------------------------------- */
 
 struct ibv_wc wait_at(const char *file, int line, struct ibv_cq *cq)

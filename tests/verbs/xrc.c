@@ -4,7 +4,7 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 
-enum { QUEUES = 3, LEN = 256 * 1024, XRC_OPS = IBV_QP_EX_WITH_SEND | IBV_QP_EX_WITH_SEND_WITH_IMM | IBV_QP_EX_WITH_RDMA_WRITE | IBV_QP_EX_WITH_RDMA_READ | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD };
+enum { QUEUES = 3, LEN = 256 * 1024, XRC_OPS = IBV_QP_EX_WITH_SEND | IBV_QP_EX_WITH_SEND_WITH_IMM | IBV_QP_EX_WITH_RDMA_WRITE | IBV_QP_EX_WITH_RDMA_READ | IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD | QP_EX_WITH_FLUSH };
 
 /* One side. A has the initiator, B the target with its domain and queues. */
 static struct side {
@@ -22,6 +22,11 @@ static struct side {
 	} me, peer;
 } a, b;
 
+static int access_flags(void)
+{
+	return is_rxe ? ALL_ACCESS : ALL_ACCESS | ACCESS_FLUSH_GLOBAL;
+}
+
 static void common_parts(struct side *s)
 {
 	*s = (struct side){ 0 };
@@ -29,7 +34,7 @@ static void common_parts(struct side *s)
 	for (int i = 0; i < QUEUES; i++)
 		s->cq[i] = MADE(ibv_create_cq(ctx, 64, NULL, NULL, 0));
 	s->buf = calloc(1, LEN);
-	s->mr = MADE(ibv_reg_mr(s->pd, s->buf, LEN, ALL_ACCESS));
+	s->mr = MADE(ibv_reg_mr(s->pd, s->buf, LEN, access_flags()));
 	s->me.rkey = s->mr->rkey;
 	s->me.addr = (uintptr_t)s->buf;
 	memcpy(s->me.gid, &own_gid, 16);
@@ -74,7 +79,7 @@ static void open_target(void)
 /* Each end is given the attributes of both directions, and takes its own. */
 static void rise(struct side *s)
 {
-	struct ibv_qp_attr t = { .qp_state = IBV_QPS_INIT, .port_num = port_num, .qp_access_flags = ALL_ACCESS };
+	struct ibv_qp_attr t = { .qp_state = IBV_QPS_INIT, .port_num = port_num, .qp_access_flags = (unsigned)access_flags() };
 
 	OK(ibv_modify_qp(s->qp, &t, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS));
 	t = (struct ibv_qp_attr){ .qp_state = IBV_QPS_RTR, .path_mtu = port_attr.active_mtu, .dest_qp_num = s->peer.qpn, .max_dest_rd_atomic = 1,
@@ -165,16 +170,18 @@ static int request(enum ibv_wr_opcode op, uint32_t srqn, size_t len, size_t remo
 	ibv_wr_start(x);
 	x->wr_id = 1;
 	x->wr_flags = 0;
-	switch (op) {
+	switch ((int)op) {
 	case IBV_WR_SEND: ibv_wr_send(x); break;
 	case IBV_WR_SEND_WITH_IMM: ibv_wr_send_imm(x, wr.imm_data); break;
 	case IBV_WR_RDMA_WRITE: ibv_wr_rdma_write(x, a.peer.rkey, a.peer.addr + remote_off); break;
 	case IBV_WR_RDMA_READ: ibv_wr_rdma_read(x, a.peer.rkey, a.peer.addr + remote_off); break;
 	case IBV_WR_ATOMIC_FETCH_AND_ADD: ibv_wr_atomic_fetch_add(x, a.peer.rkey, a.peer.addr + remote_off, 1); break;
+	case WR_FLUSH: wr_flush(x, a.peer.rkey, a.peer.addr + remote_off, len, FLUSH_GLOBAL, FLUSH_RANGE); break;
 	default: ibv_wr_send(x);
 	}
 	ibv_wr_set_xrc_srqn(x, srqn);
-	ibv_wr_set_sge(x, s.lkey, s.addr, s.length);
+	if (op != (enum ibv_wr_opcode)WR_FLUSH)
+		ibv_wr_set_sge(x, s.lkey, s.addr, s.length);
 	return ibv_wr_complete(x);
 }
 
@@ -217,6 +224,10 @@ static void memory_by(bool extended)
 		fill(a.buf, 100000, 5);
 		OK(request(IBV_WR_RDMA_WRITE, a.peer.srqn[1], 100000, 64));
 		WANT(a.cq[0], 1, IBV_WC_SUCCESS);
+		if (extended) {
+			OK(request((enum ibv_wr_opcode)WR_FLUSH, a.peer.srqn[1], 100000, 64));
+			EQ(WANT(a.cq[0], 1, IBV_WC_SUCCESS).opcode, WC_FLUSH);
+		}
 		memset(a.buf, 0, 100000);
 		OK(request(IBV_WR_RDMA_READ, a.peer.srqn[2], 100000, 64));
 		WANT(a.cq[0], 1, IBV_WC_SUCCESS);

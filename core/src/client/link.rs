@@ -219,6 +219,9 @@ fn wqe_to(target: &Target) -> Wqe {
         Target::Atomic { addr, rkey, compare_add, swap } => {
             Wqe { addr, rkey, compare_add, swap, ..Wqe::default() }
         }
+        Target::Flush { addr, rkey, len, what } => {
+            Wqe { addr, rkey, compare_add: len, swap: what.bits().into(), ..Wqe::default() }
+        }
         Target::Datagram(UdDest { dgid, qpn, qkey, traffic_class, hop_limit }) => {
             Wqe { dgid: dgid.0, dest_qpn: qpn, qkey, traffic_class, hop_limit, ..Wqe::default() }
         }

@@ -211,7 +211,7 @@ fn opened(context: &Context, pd: u32, (mr, addr, len): (u32, u64, u64), access: 
         && (!writes || region.access.contains(Access::LOCAL_WRITE))
         && (!access.contains(Access::REMOTE_ATOMIC) || covers(&extents, va, len));
     let iova = if access.contains(Access::ZERO_BASED) { 0 } else { addr };
-    let access = access & Access::REMOTE;
+    let access = access & Access::WINDOW;
     allowed.then_some(MrView { access, iova, addr: va, len, ..region })
 }
 

@@ -17,7 +17,7 @@ pub use peer::{FarCopy, Peer, PeerMemory, Reach};
 pub use retired::Retired;
 pub use run::{Env, Outcome, abandon, execute};
 
-use crate::verbs::{Gid, SendFlags, SendOp, Sge};
+use crate::verbs::{Flush, Gid, SendFlags, SendOp, Sge};
 
 /// Where a datagram goes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -58,6 +58,13 @@ pub enum Target {
     /// The poster's own memory window that is bound under this key.
     Invalidate {
         rkey: u32,
+    },
+    /// FLUSH of what was written to `[addr, addr+len)`, or to all that the key names.
+    Flush {
+        addr: u64,
+        rkey: u32,
+        len: u64,
+        what: Flush,
     },
 }
 

@@ -97,6 +97,12 @@ impl<'a> Peer<'a> {
         (!retired.has(key, epoch)).then_some((entry, va))
     }
 
+    /// The first address that `key` names.
+    #[cold]
+    pub fn start_of(&self, key: u32) -> Option<u64> {
+        Some(self.mrs.get(slot_of(key))?.read(key)?.iova)
+    }
+
     /// Which binding a SEND with invalidate ends: of a window that is this QP's alone.
     #[cold]
     pub fn binding(self, retired: &Retired, key: u32) -> Option<u32> {

@@ -6,7 +6,9 @@ use crate::ctl::copy_kind;
 use crate::ring::{Claim, Completion, INLINE_BYTES, MAX_SGE, QpShared, Ready, Ring};
 use crate::shm::{LocalBytes, SharedBytes, copy_in, copy_out, prefetch_for_write};
 use crate::sync::{AtomicU64, Ordering, fence};
-use crate::verbs::{Access, Gid, QpState, SendFlags, SendOp, WcOpcode, WcStatus, grh, limits, wc_flags};
+use crate::verbs::{
+    Access, Flush, Gid, QpState, SendFlags, SendOp, WcOpcode, WcStatus, grh, limits, wc_flags,
+};
 
 use super::pump::{Direction, Local, MAX_LOCAL, Remote, Unreachable, pump, pump_one};
 use super::{LocalTable, Peer, PeerMemory, Progress, Reach, Request, Target, UdDest};
@@ -83,6 +85,7 @@ pub fn execute<M: PeerMemory>(request: &Request<'_>, progress: &mut Progress, en
         Target::Memory { addr, rkey } => write(request, addr, rkey, &gathered, progress, peer, env),
         Target::Atomic { .. } => atomic(request, &gathered, peer, env),
         Target::Receive | Target::Datagram(_) => send(request, &gathered, progress, peer, env),
+        Target::Flush { addr, rkey, len, what } => flush((addr, rkey, len), what, peer, env),
         Target::Bind { .. } | Target::Invalidate { .. } => Outcome::failed(WcStatus::LocQpOpErr),
     }
 }
@@ -202,9 +205,19 @@ fn target<'a, M: PeerMemory>(
     iova: u64,
     len: u64,
 ) -> Result<Option<Remote<'a>>, WcStatus> {
-    if len == 0 {
-        return Ok(None);
-    }
+    if len == 0 { Ok(None) } else { granted(peer, memory, rkey, need, iova, len).map(Some) }
+}
+
+/// The same, whatever the length.
+#[inline(always)]
+fn granted<'a, M: PeerMemory>(
+    peer: &Peer<'a>,
+    memory: &M,
+    rkey: u32,
+    need: Access,
+    iova: u64,
+    len: u64,
+) -> Result<Remote<'a>, WcStatus> {
     let served = Access::from_bits_truncate(peer.qp.access.load(Ordering::Relaxed));
     if !served.contains(need) {
         return Err(WcStatus::RemInvReqErr);
@@ -216,7 +229,7 @@ fn target<'a, M: PeerMemory>(
             window.ok_or(WcStatus::RemAccessErr)?
         }
     };
-    Ok(Some(Remote { entry, key: rkey, iova, va, len }))
+    Ok(Remote { entry, key: rkey, iova, va, len })
 }
 
 #[inline(always)]
@@ -350,6 +363,32 @@ fn atomic_write<M: PeerMemory>(
     on_word(addr, rkey, (Access::REMOTE_WRITE, WcStatus::RemOpErr), peer, env.memory, |word| {
         word.store(u64::from_ne_bytes(value), Ordering::Release);
     })
+}
+
+/// Requests are carried out in turn and copies are made when they return, so all that was written before is in place; the fence
+/// has other processors see it before the completion is there. Only the rights remain to be looked at. It is an answer, which no
+/// unreliable connection has.
+#[cold]
+#[inline(never)]
+fn flush<M: PeerMemory>(
+    (addr, rkey, len): (u64, u32, u64),
+    what: Flush,
+    peer: Peer<'_>,
+    env: Env<'_, M>,
+) -> Outcome {
+    if !env.memory.is_reliable() {
+        return Outcome::failed(WcStatus::LocQpOpErr);
+    }
+    // Of a whole region: no bytes at its start, wherever that is. A key that is none has no start, and is refused as such.
+    let whole = what.contains(Flush::REGION);
+    let (addr, len) = if whole { (peer.start_of(rkey).unwrap_or(addr), 0) } else { (addr, len) };
+    match granted(&peer, env.memory, rkey, what.rights(), addr, len) {
+        Ok(_) => {
+            fence(Ordering::SeqCst);
+            Outcome::Done { status: WcStatus::Success, byte_len: 0 }
+        }
+        Err(status) => violation(env.memory, status),
+    }
 }
 
 /// Runs `act` on the aligned word of eight bytes behind an rkey. Memory that is reached through the router has no such

@@ -153,6 +153,18 @@ bitflags! {
         const ZERO_BASED = 1 << 5;
         const ON_DEMAND = 1 << 6;
         const HUGETLB = 1 << 7;
+        /// A peer may ask when what it wrote is visible.
+        const FLUSH_GLOBAL = 1 << 8;
+        /// The same of persistence, which no memory here has: no region grants it.
+        const FLUSH_PERSISTENT = 1 << 9;
+    }
+
+    /// What a FLUSH asks for (IBA annex A19): `ibv_placement_type`, and with `REGION` `ibv_selectivity_level`'s IBV_FLUSH_MR.
+    #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+    pub struct Flush: u8 {
+        const GLOBAL = 1;
+        const PERSISTENT = 2;
+        const REGION = 4;
     }
 
     /// `ibv_send_flags`.
@@ -169,6 +181,16 @@ bitflags! {
 impl Access {
     /// Everything that lets a peer in.
     pub const REMOTE: Access = Access::REMOTE_WRITE.union(Access::REMOTE_READ).union(Access::REMOTE_ATOMIC);
+    /// What a memory window may grant.
+    pub const WINDOW: Access = Access::REMOTE.union(Access::FLUSH_GLOBAL);
+}
+
+impl Flush {
+    /// The rights that the placements need.
+    pub fn rights(self) -> Access {
+        let of = |placement, right| if self.contains(placement) { right } else { Access::empty() };
+        of(Flush::GLOBAL, Access::FLUSH_GLOBAL) | of(Flush::PERSISTENT, Access::FLUSH_PERSISTENT)
+    }
 }
 
 macro_rules! numbered {
@@ -235,6 +257,8 @@ numbered! {
         BindMw = 8,
         /// A SEND that ends the key of a memory window of the receiver's.
         SendInv = 9,
+        /// Nothing: it ends when what was written before is visible.
+        Flush = 14,
         /// Eight bytes that appear at once.
         AtomicWrite = 15,
     }
@@ -251,6 +275,7 @@ impl SendOp {
             SendOp::FetchAdd => WcOpcode::FetchAdd,
             SendOp::LocalInv => WcOpcode::LocalInv,
             SendOp::BindMw => WcOpcode::BindMw,
+            SendOp::Flush => WcOpcode::Flush,
             SendOp::AtomicWrite => WcOpcode::AtomicWrite,
         }
     }
@@ -287,7 +312,7 @@ impl SendOp {
 numbered! {
     /// `ibv_wc_opcode`.
     WcOpcode: u32 {
-        Send = 0, RdmaWrite = 1, RdmaRead = 2, CompSwap = 3, FetchAdd = 4, BindMw = 5, LocalInv = 6, AtomicWrite = 9, Recv = 128, RecvRdmaWithImm = 129,
+        Send = 0, RdmaWrite = 1, RdmaRead = 2, CompSwap = 3, FetchAdd = 4, BindMw = 5, LocalInv = 6, Flush = 8, AtomicWrite = 9, Recv = 128, RecvRdmaWithImm = 129,
     }
 }
 

@@ -12,7 +12,7 @@ use freeflow_core::exec::{
 };
 use freeflow_core::ring::{INLINE_BYTES, LinkDone, MAX_SGE, Ring, RqShared, Submissions, Wqe};
 use freeflow_core::sync::Ordering;
-use freeflow_core::verbs::{Access, Gid, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, limits};
+use freeflow_core::verbs::{Access, Flush, Gid, QpState, QpType, SendFlags, SendOp, Sge, WcStatus, limits};
 
 use super::memory::{Inbound, Input, Span};
 use super::requester::{Requester, Source, Wr};
@@ -400,6 +400,7 @@ fn target_of(op: SendOp, (addr, rkey): (u64, u32), (a, b): (u64, u64)) -> Target
             Target::Memory { addr, rkey }
         }
         SendOp::CompareSwap | SendOp::FetchAdd => Target::Atomic { addr, rkey, compare_add: a, swap: b },
+        SendOp::Flush => Target::Flush { addr, rkey, len: a, what: Flush::from_bits_truncate(b as u8) },
     }
 }
 
@@ -417,6 +418,8 @@ fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
         list => Source::List(list.to_vec()),
     };
     let target = target_of(op, (wqe.addr, wqe.rkey), (wqe.compare_add, wqe.swap));
+    // A FLUSH may have a list, and moves nothing of it.
+    let moved = if op == SendOp::Flush { 0 } else { total };
     let long = total > limits::MESSAGE || (op.is_word() && total != 8) || (own && total > 0);
     Some(Wr {
         op,
@@ -425,7 +428,7 @@ fn request(wqe: &Wqe, sges: &[Sge], payload: &[u8]) -> Option<Wr> {
         target,
         source,
         srqn: wqe.dest_qpn,
-        total: if long { 0 } else { total as u32 },
+        total: if long { 0 } else { moved as u32 },
         quiet: wqe.flags & Wqe::QUIET != 0,
         timeout: wqe.timeout,
         retry_cnt: wqe.retry_cnt,

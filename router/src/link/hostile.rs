@@ -143,6 +143,7 @@ fn sample(kind: Kind, header: Header, payload: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use freeflow_core::verbs::Flush;
     use proptest::prelude::*;
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -158,6 +159,24 @@ mod tests {
         let watchdog = Timespec { tv_sec: 30, tv_nsec: 0 };
         assert_ne!(poll(&mut wait, Some(&watchdog)).expect("poll"), 0, "nothing comes");
         host.work();
+    }
+
+    fn flush(seq: u32, len: u64) -> Vec<u8> {
+        let (op, what) = (SendOp::Flush as u8, Flush::GLOBAL.bits().into());
+        let header = Header { op, seq, rkey: 1, addr: 1, a: len, b: what, ..Header::default() };
+        sample(Kind::Request, header, &[])
+    }
+
+    #[test]
+    fn a_flush_is_acknowledged_or_refused() {
+        for (len, answer) in [(64, Kind::Ack), (FILE - PAGE, Kind::Nak)] {
+            let mut host = victim(QpType::Rc);
+            let mut attacker = Attacker::new(&mut host, QpType::Rc);
+            attacker.send(&addressed(&flush(0, len)[2..], host.qpn));
+            host.work();
+            let kinds: Vec<u8> = messages(&attacker.hear()).map(|header| header.kind).collect();
+            assert!(kinds.contains(&(answer as u8)), "{len}: {kinds:?}");
+        }
     }
 
     #[test]
@@ -218,7 +237,7 @@ mod tests {
             let mut bytes = [
                 vec![kind], write(0, b"one"), answer(Kind::Ack, 1), write(1, &[7; 300]), answer(Kind::AtomicResult, 2),
                 sample(Kind::ReadData, Header { seq: 1, ..Header::default() }, &[1; 64]), answer(Kind::RnrNak, 3),
-                answer(Kind::Nak, 3), answer(Kind::Close, 0),
+                flush(2, 8), answer(Kind::Nak, 3), answer(Kind::Close, 0),
             ].concat();
             for (at, with) in flips {
                 let at = at % bytes.len();

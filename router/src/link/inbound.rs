@@ -270,7 +270,7 @@ impl Engine {
             Served::Done => {
                 self.lines[index].acks.push(qpn);
                 let Some(slot) = self.slots.get_mut(&qpn) else { return };
-                if header.op != SendOp::Read as u8 {
+                if ![SendOp::Read as u8, SendOp::Flush as u8].contains(&header.op) {
                     let (client, woken) = (slot.endpoint.qp.client, slot.endpoint.has_woken());
                     let among_others =
                         self.delivered.is_some_and(|other| other.client != client || other.among_others);

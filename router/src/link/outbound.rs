@@ -325,6 +325,9 @@ fn request_header(wr: &Wr, from: u32, to: u32) -> Header {
             debug_assert!(SendOp::is_atomic(wr.op));
             Header { addr, rkey, a: compare_add, b: swap, ..base }
         }
+        Target::Flush { addr, rkey, len, what } => {
+            Header { addr, rkey, a: len, b: what.bits().into(), ..base }
+        }
         _ => base,
     }
 }

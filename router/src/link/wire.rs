@@ -6,7 +6,7 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of the protocol; a hello of another one ends the connection.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Connections per pair of hosts: small operations have one of their own, so that they wait behind no large one.
 pub const CHANNELS: usize = 2;
 /// Channel of small operations, and of everything that is not data.

@@ -1,7 +1,7 @@
 //! Attributes between C and core: field by field, judged where C allows more than verbs does.
 
 use crate::addr::zeroed_ah_attr;
-use crate::guard::{EINVAL, Result};
+use crate::guard::{EINVAL, EOPNOTSUPP, Result};
 use freeflow_core::verbs::{Access, AhAttr, Gid, QpAttr, QpAttrMask, QpCaps, QpState, Sge, Wc};
 use freeflow_verbs_abi::*;
 use std::ffi::{c_int, c_uint};
@@ -23,9 +23,15 @@ same_layout!(Wc, ibv_wc {
     sl, dlid_path_bits,
 });
 
-/// Access flags of a registration or QP; unknown optional bits are dropped, as ibv_reg_mr_iova2 promises.
+/// Access flags of a QP; unknown optional bits are dropped, as ibv_reg_mr_iova2 promises.
 pub fn access(flags: c_uint) -> Result<Access> {
     Access::from_bits(flags & !IB_UVERBS_ACCESS_OPTIONAL_RANGE).ok_or(EINVAL)
+}
+
+/// The same of a region or window. No memory here is persistent: EOPNOTSUPP, as Linux says of a device that has none.
+pub fn region_access(flags: c_uint) -> Result<Access> {
+    let granted = access(flags)?;
+    if granted.contains(Access::FLUSH_PERSISTENT) { Err(EOPNOTSUPP) } else { Ok(granted) }
 }
 
 pub fn ah_from_c(attr: &ibv_ah_attr) -> AhAttr {

@@ -143,7 +143,7 @@ pub unsafe extern "C" fn register(
         if access & IBV_ACCESS_ZERO_BASED == 0 {
             return Err(EINVAL);
         }
-        let access = convert::access(access)?;
+        let access = convert::region_access(access)?;
         // SAFETY: called with a live piece.
         let piece = unsafe { Dm::of(dm) };
         let address = piece.rust.memory.at(offset, length as u64)?;

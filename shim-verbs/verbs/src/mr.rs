@@ -87,7 +87,7 @@ unsafe fn register(
     flags: c_uint,
 ) -> *mut ibv_mr {
     guard::pointer(|| {
-        let access = convert::access(flags)?;
+        let access = convert::region_access(flags)?;
         // SAFETY: the caller's promise.
         let domain = unsafe { Pd::of(pd) };
         let core = domain.rust.core.reg_mr(addr as u64, length as u64, iova, access)?;
@@ -197,7 +197,7 @@ unsafe fn reregister(
     let flags = if named(IBV_REREG_MR_CHANGE_ACCESS) { access } else { *lock(&rust.access) };
     // SAFETY: the caller's promise.
     let domain = unsafe { Pd::of(new_pd) };
-    let access = convert::access(flags)?;
+    let access = convert::region_access(flags)?;
     if (moves, new_pd) == (false, old.pd) {
         // The rights alone: peers go on with the key they have.
         let core = lock(&rust.core);

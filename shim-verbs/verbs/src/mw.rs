@@ -93,7 +93,7 @@ pub unsafe fn target(
     if mr.is_some_and(|mr| !Arc::ptr_eq(own, &unsafe { Pd::of(mr.pd) }.rust.core)) {
         return Err(Errno(libc::EPERM));
     }
-    let access = convert::access(info.mw_access_flags)?;
+    let access = convert::region_access(info.mw_access_flags)?;
     // SAFETY: the live window.
     let key = unsafe { Mw::of(mw) }.rust.core.key();
     let (rkey, mr) = ((key & !TAG) | (rkey & TAG), mr.map_or(0, |mr| mr.lkey));

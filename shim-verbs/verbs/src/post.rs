@@ -80,7 +80,10 @@ pub fn datagram_to(ah: &Ah, qpn: u32, qkey: u32) -> Target {
 /// # Safety
 /// `wr` is as the C API demands: live lists, and a union as its opcode says.
 unsafe fn send_one(qp: &Qp, wr: &ibv_send_wr) -> Result<()> {
-    let op = SendOp::try_from(wr.opcode).map_err(unbuilt)?;
+    let op = match wr.opcode {
+        WR_FLUSH => return Err(unbuilt(WR_FLUSH)), // `ibv_send_wr` has no place for its range: ibv_wr_flush posts it
+        other => SendOp::try_from(other).map_err(unbuilt)?,
+    };
     if op == SendOp::BindMw {
         // SAFETY: the caller's promise.
         return unsafe { bind_one(qp, wr) };
@@ -106,11 +109,10 @@ unsafe fn send_one(qp: &Qp, wr: &ibv_send_wr) -> Result<()> {
     Ok(qp.rust.core.post_send(&SendWr { wr_id: wr.wr_id, request })?)
 }
 
-/// Opcodes that the C API has, and this library does not.
+/// Opcodes that the C API has, and this function does not.
 #[cold]
 fn unbuilt(opcode: ibv_wr_opcode) -> Errno {
-    const FLUSH: ibv_wr_opcode = 14;
-    if matches!(opcode, IBV_WR_TSO | IBV_WR_DRIVER1 | FLUSH) { EOPNOTSUPP } else { EINVAL }
+    if matches!(opcode, IBV_WR_TSO | IBV_WR_DRIVER1 | WR_FLUSH) { EOPNOTSUPP } else { EINVAL }
 }
 
 /// Posts a request that binds a window of type 2.

@@ -23,13 +23,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// for none (rdma_xclient) post some all the same.
 const LEAST_INLINE: u32 = 64;
 
-const NEWER: usize = (QP_EX_MAX_SIZE - size_of::<ibv_qp_ex>()) / size_of::<usize>();
+const NEWER: usize = (QP_EX_MAX_SIZE - size_of::<ibv_qp_ex>()) / size_of::<usize>() - 1;
 
 /// A QP as clients see it, as long as the longest release of rdma-core has it.
 #[repr(C)]
 pub struct Extended {
     ex: ibv_qp_ex,
-    /// Functions that newer releases append.
+    wr_flush: Option<WrFlush>,
+    /// Functions that newer releases append behind that.
     newer: [Option<unsafe extern "C" fn(*mut ibv_qp_ex)>; NEWER],
 }
 
@@ -163,6 +164,7 @@ unsafe fn create(
     unsafe { count(base, xrcd, Users::add) };
     if send_ops.is_some() {
         wr_builder::install(&mut c.ex);
+        c.wr_flush = Some(wr_builder::wr_flush);
         c.newer = [Some(wr_builder::UNBUILT); NEWER];
     }
     let builder = send_ops.map(|ops| Builder::new(&caps, ops));

@@ -20,7 +20,9 @@ pub fn guid(gid: Gid) -> __be64 {
 /// IBV_DEVICE_ATOMIC_WRITE of `device_cap_flags_ex`, which does not fit into the enumeration's type.
 const ATOMIC_WRITE_CAP: u64 = 1 << 40;
 const ODP_MESSAGES: u32 = IBV_ODP_SUPPORT_SEND | IBV_ODP_SUPPORT_RECV | IBV_ODP_SUPPORT_SRQ_RECV;
-const ODP_ALL: u32 = ODP_MESSAGES | IBV_ODP_SUPPORT_WRITE | IBV_ODP_SUPPORT_READ | IBV_ODP_SUPPORT_ATOMIC;
+const ODP_MEMORY: u32 =
+    IBV_ODP_SUPPORT_WRITE | IBV_ODP_SUPPORT_READ | IBV_ODP_SUPPORT_ATOMIC | ODP_SUPPORT_FLUSH;
+const ODP_ALL: u32 = ODP_MESSAGES | ODP_MEMORY;
 
 fn int(limit: u32) -> c_int {
     c_int::try_from(limit).unwrap_or(c_int::MAX)
@@ -108,7 +110,8 @@ pub unsafe extern "C" fn device_ex(
         let none: ibv_device_attr_ex = unsafe { zeroed() };
         // SAFETY: called through a live context.
         let orig_attr = device_attr(unsafe { context::core(context) });
-        let device_cap_flags_ex = u64::from(orig_attr.device_cap_flags) | ATOMIC_WRITE_CAP;
+        let device_cap_flags_ex =
+            u64::from(orig_attr.device_cap_flags) | ATOMIC_WRITE_CAP | DEVICE_FLUSH_GLOBAL;
         let answer = ibv_device_attr_ex {
             orig_attr,
             device_cap_flags_ex,

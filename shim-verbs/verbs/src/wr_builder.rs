@@ -11,7 +11,7 @@ use crate::post;
 use crate::qp::Qp;
 use freeflow_core::client::SendWr;
 use freeflow_core::exec::{Request, Target};
-use freeflow_core::verbs::{MwType, QpCaps, SendFlags, SendOp, Sge};
+use freeflow_core::verbs::{Flush, MwType, QpCaps, QpType, SendFlags, SendOp, Sge};
 use freeflow_verbs_abi::*;
 use spin::mutex::{SpinMutex, SpinMutexGuard};
 use std::ffi::{c_int, c_void};
@@ -28,7 +28,8 @@ pub const SUPPORTED_OPS: u64 = (IBV_QP_EX_WITH_RDMA_WRITE
     | IBV_QP_EX_WITH_LOCAL_INV
     | IBV_QP_EX_WITH_BIND_MW
     | IBV_QP_EX_WITH_SEND_WITH_INV
-    | IBV_QP_EX_WITH_ATOMIC_WRITE) as u64;
+    | IBV_QP_EX_WITH_ATOMIC_WRITE
+    | QP_EX_WITH_FLUSH) as u64;
 
 /// The collection of one QP. Its lock, held from wr_start to wr_complete or wr_abort, is only met by threads that share the
 /// QP: they yield.
@@ -283,6 +284,30 @@ unsafe extern "C" fn wr_atomic_write(qp: *mut ibv_qp_ex, rkey: u32, addr: u64, a
     // SAFETY: as above.
     let (builder, batch) = unsafe { batch(qp) };
     batch.set_inline(&[ibv_data_buf { addr: atomic_wr.cast_mut(), length: 8 }], builder.max_inline.max(8));
+}
+
+/// ibv_wr_flush(3). Setters of data are allowed and mean nothing: it has none.
+pub unsafe extern "C" fn wr_flush(
+    qp: *mut ibv_qp_ex,
+    rkey: u32,
+    addr: u64,
+    len: usize,
+    placement: u8,
+    level: u8,
+) {
+    let placements = Flush::GLOBAL | Flush::PERSISTENT;
+    let asked = Flush::from_bits(placement).filter(|asked| !asked.is_empty() && placements.contains(*asked));
+    // SAFETY: called through a live QP, as the C API demands.
+    let answered = matches!(unsafe { Qp::of(qp) }.rust.kind, QpType::Rc | QpType::XrcSend);
+    let what = match (asked.filter(|_| answered), level) {
+        (Some(asked), 0) => asked,
+        (Some(asked), 1) => asked | Flush::REGION,
+        // SAFETY: as above.
+        _ => return unsafe { batch(qp) }.1.fail(libc::EINVAL),
+    };
+    let (op, len) = ((SendOp::Flush, QP_EX_WITH_FLUSH), len as u64);
+    // SAFETY: as above.
+    unsafe { begin(qp, op, Target::Flush { addr, rkey, len, what }, 0) }
 }
 
 unsafe extern "C" fn wr_set_ud_addr(qp: *mut ibv_qp_ex, ah: *mut ibv_ah, remote_qpn: u32, remote_qkey: u32) {

@@ -1,6 +1,7 @@
 //! The executor between two ends that are plain memory of one process.
 
 mod datagrams;
+mod flush;
 mod model;
 mod requests;
 mod resumed;
