@@ -57,7 +57,8 @@ pub fn run(tree: &Tree, target: &Path, options: &Options) -> Result<()> {
     let (slowest, deaths) = (Duration::ZERO, 0);
     let mut stage = Stage { host, program, dice, trio: trio?, slowest, deaths };
     for round in 0..options.rounds {
-        stage.round().map_err(|why| format!("round {round}: {why}\nrouter's log:\n{}", stage.host.log()))?;
+        let done = stage.round().inspect_err(|_| stage.host.show_log());
+        done.map_err(|why| format!("round {round}: {why}"))?;
     }
     println!(
         "  {} restarts, new connections {:.1} ms after them at most; {} deaths unseen by a router",
