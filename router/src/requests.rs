@@ -248,6 +248,7 @@ impl Handle for CreateQp {
 
 impl Handle for DestroyQp {
     fn handle(self, session: &Session, _: Vec<OwnedFd>) -> Result<(Done, Fds)> {
+        session.shared.take_datagrams(session.owner.client);
         done(session.shared.with(|state| state.destroy_qp(session.owner, self.qpn)))
     }
 }

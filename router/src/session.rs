@@ -112,6 +112,7 @@ impl Drop for Bury<'_> {
     fn drop(&mut self) {
         let client = self.0.owner.client;
         crate::cm_hook::leave(&self.0.shared, client);
+        self.0.shared.take_datagrams(client);
         self.0.shared.with(|state| state.bury(client));
         self.0.shared.links.get().into_iter().for_each(|links| links.leave(client));
     }

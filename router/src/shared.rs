@@ -115,6 +115,11 @@ impl Shared {
         self.links.get().into_iter().for_each(Links::look_again);
     }
 
+    /// Before queue pairs of a client end: what has completed on them goes to other hosts.
+    pub fn take_datagrams(&self, client: u32) {
+        self.links.get().into_iter().for_each(|links| links.take_datagrams(client));
+    }
+
     /// The cluster learns that this host has `ip` of `tenant`.
     pub fn publish(&self, tenant: &Tenant, ip: IpAddr, claim: Claim) {
         if let Some(cluster) = self.cluster.get() {

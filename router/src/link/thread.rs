@@ -114,6 +114,11 @@ impl Links {
         self.inner.change(|engine| engine.attach(client, qpn, ring, bit, send_bit))
     }
 
+    /// Takes the datagrams that a process has submitted. They have completed, so they must not end with their queue pair.
+    pub fn take_datagrams(&self, client: u32) {
+        self.inner.change(|engine| engine.send_datagrams(client, engine.now()));
+    }
+
     /// An (XRC) shared receive queue is no more; when this returns the link uses nothing of it.
     pub fn forget_queue(&self, srqn: u32) {
         self.inner.lock().forget_queue(srqn);
