@@ -447,12 +447,36 @@ static void several_senders(void)
 	sync_ends();
 }
 
+/* What has completed is on the wire, and goes on when its queue pair does not. */
+static void sent_before_the_end(void)
+{
+	enum { ROUNDS = 16, EACH = 8 };
+	struct end_cfg c = ud_cfg();
+
+	for (int round = 0; round < ROUNDS; round++) {
+		struct pair p = pair_open(&c, &c);
+
+		for (uint64_t i = 0; p.b && i < EACH; i++)
+			OK(post_receive(p.b, i, 100 * i, 100));
+		sync_ends();
+		for (uint64_t i = 0; p.a && i < EACH; i++)
+			OK(post_op(p.a, IBV_WR_SEND, i, 0, 10 + i, 0, 0));
+		for (uint64_t i = 0; p.a && i < EACH; i++)
+			WANT(p.a->scq, i, IBV_WC_SUCCESS);
+		if (p.a)
+			end_destroy_qp(p.a);
+		for (uint64_t i = 0; p.b && i < EACH; i++)
+			ARRIVED(p.b, i, 10 + i);
+		sync_ends();
+	}
+}
+
 #define CASE(name) { #name, name, 0 }
 static const struct test_case cases[] = {
 	{ "sizes/post", sizes_post, 0 },
 	{ "sizes/wr", sizes_wr, 0 },
 	CASE(immediate), CASE(global_routing_header), CASE(scatter_gather_inline), CASE(wrong_qkey), CASE(no_such_qp), CASE(to_an_rc_qp),
 	CASE(high_bit_qkey_means_own), CASE(no_receive_posted), CASE(receive_too_small), CASE(longer_than_mtu), CASE(local_key_wrong),
-	CASE(reply_to_wc), CASE(several_senders),
+	CASE(reply_to_wc), CASE(several_senders), CASE(sent_before_the_end),
 };
 SUITE(cases)
