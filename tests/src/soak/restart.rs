@@ -91,6 +91,10 @@ impl Stage {
 
     fn round(&mut self) -> Result<()> {
         LINKS.iter().try_for_each(|between| self.link(*between))?;
+        // A queue pair finds its peer with its first request, and needs a router for that.
+        for (a, b, slot, _) in LINKS {
+            self.pair(a, b)?.into_iter().try_for_each(|worker| worker.moves_on(slot))?;
+        }
         thread::sleep(Duration::from_micros(self.dice.roll(20_000)));
         self.host.kill_router().map_err(|e| e.to_string())?;
         // Without a router: all that needs none goes on.
