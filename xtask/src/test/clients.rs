@@ -271,7 +271,7 @@ fn rsockets() -> Vec<Client> {
         measured("riostream -S 64 -I 1000 -C 1 -T v", "custom    64"),
         measured("riostream -S 1000000 -I 5 -C 5 -T v", "custom    976k"),
         datagrams("-S 64 -C 100", "custom    64"),
-        datagrams("-S 1000 -C 100 -T e", "custom    1000"),
+        datagrams("-S 1000 -C 1000 -T e", "custom    1000"),
     ]
 }
 

@@ -32,7 +32,8 @@ const FLAWS: &[Flaw] = &[
     // perftest measures the processor's clock against gettimeofday(2); if that goes wrong, its figures are zero.
     Flaw { whose: "ib_", says: Some("Correlation coefficient r^2"), hangs: false },
     // udpong -T e: what is not answered within a millisecond is sent again, and the answer to that counts as one to the next
-    // message, which is then sent again: where answers take longer, ever more of them are under way.
+    // message, which is then sent again: where answers take longer, ever more of them are under way, and if one is lost, the
+    // number that is waited for is written over and never comes.
     Flaw { whose: "udpong", says: None, hangs: true },
 ];
 
