@@ -170,9 +170,10 @@ impl<'a> RqShared<'a> {
         self.slot(seq).map(|slot| &slot.state)
     }
 
-    /// Sender: claims the oldest waiting receive. `head` is the hint in the QP's header: several senders (UD) store it
-    /// without each other, so it may be old by any number of rounds. `None` means receiver not ready.
-    pub fn claim(&self, head: &AtomicU32, client: u32) -> Option<Claim<'a>> {
+    /// The oldest receive that waits, and its slot's state word. `head` is the hint in the QP's header: several senders (UD)
+    /// store it without each other, and the owner may ([`RqShared::look_back`]), so it may be old by any number of rounds.
+    #[inline]
+    fn find(&self, head: &AtomicU32) -> Option<(&'a RecvSlot, u64, SlotState)> {
         let mut seq = head.load(Ordering::Relaxed);
         // Once round the queue, and once more for an old hint.
         for _ in 0..=self.depth() {
@@ -187,34 +188,37 @@ impl<'a> RqShared<'a> {
                     continue;
                 }
                 // Given back when others had passed it, a round ago.
-                _ if state.phase == Phase::Posted => seq = state.seq,
+                _ if state.phase == Phase::Posted => {}
                 _ => return None,
             }
-            if matches!(state.phase, Phase::Free | Phase::Flushed) {
-                return None;
+            match state.phase {
+                Phase::Posted => return Some((slot, word, state)),
+                Phase::Free | Phase::Flushed => return None,
+                _ => seq = seq.wrapping_add(1), // claimed or done by another sender: the hint was old
             }
-            if state.phase == Phase::Posted {
-                let claimed = SlotState { seq, owner: client, phase: Phase::Claimed }.pack();
-                // Acquire: partner is post()'s release store.
-                let won = slot.state.compare_exchange(word, claimed, Ordering::Acquire, Ordering::Relaxed);
-                if won.is_ok() {
-                    head.store(seq.wrapping_add(1), Ordering::Relaxed);
-                    return Some(Claim::own(slot, seq, client, state.owner));
-                }
-                continue; // another sender or the owner was faster: look at it again
-            }
-            seq = seq.wrapping_add(1); // claimed or done by another sender: the hint was old
         }
         None
     }
 
-    /// Sender: is receive number `head` posted now? The re-check of the RNR handshake ([`super::qp`]).
+    /// Sender: claims the oldest waiting receive. `None` means receiver not ready.
+    #[inline]
+    pub fn claim(&self, head: &AtomicU32, client: u32) -> Option<Claim<'a>> {
+        // A slot that another sender or the owner was faster to take is not found again.
+        loop {
+            let (slot, word, SlotState { seq, owner, .. }) = self.find(head)?;
+            let claimed = SlotState { seq, owner: client, phase: Phase::Claimed }.pack();
+            // Acquire: partner is post()'s release store.
+            let won = slot.state.compare_exchange(word, claimed, Ordering::Acquire, Ordering::Relaxed);
+            if won.is_ok() {
+                head.store(seq.wrapping_add(1), Ordering::Relaxed);
+                return Some(Claim::own(slot, seq, client, owner));
+            }
+        }
+    }
+
+    /// Sender: does a receive wait? The re-check of the RNR handshake ([`super::qp`]).
     pub fn ready(&self, head: &AtomicU32) -> bool {
-        let seq = head.load(Ordering::Relaxed);
-        self.slot(seq).is_some_and(|slot| {
-            let state = SlotState::unpack(slot.state.load(Ordering::Acquire));
-            state.seq == seq && state.phase == Phase::Posted
-        })
+        self.find(head).is_some()
     }
 
     /// Owner of a queue with several senders: if they passed receive `seq`, the oldest, because one gave it back too
@@ -540,6 +544,7 @@ mod tests {
             for seq in (0..40).map(|i| start.wrapping_add(i)) {
                 for lag in [0, 1, depth as u32, 3 * depth as u32 + 1] {
                     head.store(seq.wrapping_sub(lag), Ordering::Relaxed);
+                    assert!(rq.ready(&head), "depth {depth}, hint {lag} behind");
                     let claim = rq.claim(&head, 1).expect("a receive waits");
                     assert_eq!(claim.suspend().0, seq, "depth {depth}, hint {lag} behind");
                     assert!(Claim::resume(rq, (seq, 0), 1).is_some_and(|c| {
@@ -568,6 +573,10 @@ mod tests {
         assert!(rq.take(0, false, false).is_none());
         rq.look_back(0, &head);
         assert_eq!(rq.claim(&head, 1).expect("posted").suspend().0, 0);
+        // What was given back may be claimed by now, and the hint still leads back: behind it others wait.
+        head.store(0, Ordering::Relaxed);
+        assert!(rq.ready(&head));
+        assert_eq!(rq.claim(&head, 1).expect("posted").suspend().0, 2);
     }
 
     #[test]
@@ -576,7 +585,7 @@ mod tests {
         let rq = RqShared::new(&slots);
         for hint in [0, 1, 2, 77, u32::MAX] {
             let head = AtomicU32::new(hint);
-            assert!(rq.claim(&head, 1).is_none());
+            assert!(!rq.ready(&head) && rq.claim(&head, 1).is_none());
         }
         assert!(RqShared::new(&[]).claim(&AtomicU32::new(0), 1).is_none());
     }
