@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use super::operators::{LIMIT, Outcome, Scratch, quietly, read};
+use super::Outcome;
+use super::operators::{LIMIT, Scratch, quietly, read};
 use crate::process::{self, Echo};
 use crate::{layout, perftest};
 

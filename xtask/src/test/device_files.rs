@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use super::Outcome;
 use crate::layout;
 use crate::process::{self, Done, Echo};
 
@@ -33,8 +34,6 @@ const SEEN: [&str; 8] = [
     "not to be written",
     "as ever",
 ];
-
-type Outcome = std::result::Result<(), String>;
 
 pub fn run() -> Outcome {
     let site = Site::make()?;

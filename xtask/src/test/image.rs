@@ -9,8 +9,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::Outcome;
 use super::contained::{self, Image};
-use super::operators::{Outcome, Scratch};
+use super::operators::Scratch;
 use crate::layout;
 use crate::process::{self, Echo};
 

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use super::Outcome;
 use super::clients::{Check, Client};
 use crate::process::{self, Done, Echo};
 use crate::{layout, perftest};
@@ -43,8 +44,6 @@ impl Flaw {
         self.says.map_or(done.timed_out, said)
     }
 }
-
-type Outcome = std::result::Result<(), String>;
 
 /// Where a client and its server are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use super::Outcome;
 use super::contained::{self, Image};
 use crate::layout;
 use crate::process::{self, Echo};
-
-pub type Outcome = std::result::Result<(), String>;
 
 /// A check and its name.
 type Check = (&'static str, fn() -> Outcome);

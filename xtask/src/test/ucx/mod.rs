@@ -12,19 +12,17 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use super::Tally;
+use super::{Outcome, Tally};
 use crate::process::{self, Done, Echo};
 use mpi::{Mpi, WheelMpi};
 use pair::{ALWAYS, NEWEST, WHEELS};
 
 const LIMIT: Duration = Duration::from_secs(240);
 
-type Outcome = Result<(), String>;
-
 pub fn run(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
     let mut check = |name: &str, run: &dyn Fn() -> Outcome| {
         if chosen(name) {
-            tally.check(name, run);
+            tally.programs(name, run);
         }
     };
     check("ucx info", &info);
@@ -64,13 +62,13 @@ pub fn matrix(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
     for place in [Place::OneHost, Place::TwoHosts] {
         let name = format!("ucx perftest, every size, between {}", place.name());
         if chosen(&name) {
-            tally.check(&name, || perftest::every_size(place));
+            tally.programs(&name, || perftest::every_size(place));
         }
     }
     for wheel in WHEELS.iter().filter(|wheel| !ALWAYS.contains(wheel)) {
         let name = format!("ucx wheel {wheel}");
         if chosen(&name) {
-            tally.check(&name, || pair::traffic_on(wheel));
+            tally.programs(&name, || pair::traffic_on(wheel));
         }
     }
 }
