@@ -21,7 +21,7 @@ use crate::identity::credentials;
 use crate::listener::{Listener, Stop};
 use crate::remembered::Remembered;
 use crate::shared::Shared;
-use crate::state::{Container, NewContainer, State};
+use crate::state::{Container, NewContainer};
 use crate::{admin, cm_hook};
 
 /// How long a removal waits for the container's sessions to end.
@@ -49,6 +49,13 @@ struct Place {
     made: Option<PathBuf>,
 }
 
+/// A container in the tables.
+enum Entered {
+    /// It was there, and is served.
+    Before(u32),
+    Now(u32),
+}
+
 impl Admin {
     pub fn new(shared: Arc<Shared>, socket_dir: &Path, default: u32) -> Self {
         let containers_dir = socket_dir.join("containers");
@@ -66,9 +73,12 @@ impl Admin {
         });
         let mut guard = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(listeners) = guard.as_mut() else { return };
-        for add in &adds {
+        // All are known before the first is served: who comes back at once must not be told that its peers are on no host.
+        let entered: Vec<_> = adds.iter().map(|add| self.enter(add)).collect();
+        for (add, entered) in adds.iter().zip(entered) {
             // It may have moved to another host while no router was here.
-            if let Err(why) = self.establish(listeners, add, Claim::Modest) {
+            let opened = entered.and_then(|entered| self.open(listeners, add, entered, Claim::Modest));
+            if let Err(why) = opened {
                 tracing::warn!("container {} does not come back: {why}", add.name);
             }
         }
@@ -169,27 +179,49 @@ impl Admin {
         add: &Add,
         claim: Claim,
     ) -> Result<u32, String> {
+        let entered = self.enter(add)?;
+        self.open(listeners, add, entered, claim)
+    }
+
+    fn dir_of(&self, add: &Add) -> PathBuf {
+        add.dir.clone().unwrap_or_else(|| self.containers_dir.join(&add.name))
+    }
+
+    fn socket_of(&self, add: &Add) -> PathBuf {
+        self.dir_of(add).join(CONTAINER_SOCKET_NAME)
+    }
+
+    /// Makes the container known, if it is not; nobody reaches it yet.
+    fn enter(&self, add: &Add) -> Result<Entered, String> {
         let tenant = add.tenant.clone().unwrap_or_else(|| DEFAULT_TENANT.into());
-        let dir = add.dir.clone().unwrap_or_else(|| self.containers_dir.join(&add.name));
-        let socket = dir.join(CONTAINER_SOCKET_NAME);
-        let same = |state: &mut State| state.container_named(&add.name).and_then(|c| same(c, add, &tenant));
-        if let Some(id) = self.shared.with(same) {
-            return Ok(id);
-        }
-        let new = NewContainer {
-            name: add.name.clone(),
-            tenant,
-            vip: add.ip,
-            aliases: vec![],
-            socket: socket.clone(),
+        self.shared.with(|state| {
+            if let Some(id) = state.container_named(&add.name).and_then(|c| same(c, add, &tenant)) {
+                return Ok(Entered::Before(id));
+            }
+            let (name, socket) = (add.name.clone(), self.socket_of(add));
+            let new = NewContainer { name, tenant, vip: add.ip, aliases: vec![], socket };
+            state.add_container(new).map(Entered::Now)
+        })
+    }
+
+    /// Serves a container that was just entered.
+    fn open(
+        &self,
+        listeners: &mut BTreeMap<u32, Place>,
+        add: &Add,
+        entered: Entered,
+        claim: Claim,
+    ) -> Result<u32, String> {
+        let id = match entered {
+            Entered::Before(id) => return Ok(id),
+            Entered::Now(id) => id,
         };
-        let id = self.shared.with(|state| state.add_container(new))?;
-        let place = self.open(id, add.dir.as_deref(), &dir, &socket);
+        let place = self.listen(id, add);
         listeners.insert(id, place.inspect_err(|_| self.abandon(id))?);
         if let Some((tenant, vip)) = self.home(id) {
             self.shared.publish(&tenant, vip, claim);
         }
-        tracing::info!("added container {} at {}", add.name, socket.display());
+        tracing::info!("added container {} at {}", add.name, self.socket_of(add).display());
         Ok(id)
     }
 
@@ -205,8 +237,9 @@ impl Admin {
         });
     }
 
-    fn open(&self, id: u32, given: Option<&Path>, dir: &Path, socket: &Path) -> Result<Place, String> {
-        let made = match given {
+    fn listen(&self, id: u32, add: &Add) -> Result<Place, String> {
+        let dir = self.dir_of(add);
+        let made = match &add.dir {
             Some(dir) if !dir.is_absolute() || !dir.is_dir() => {
                 return Err(format!("{} is not an existing absolute directory", dir.display()));
             }
@@ -214,13 +247,14 @@ impl Admin {
             None => {
                 // Who reaches a container's socket is that container: the directory above is for the router's user alone.
                 make_dir(&self.containers_dir, 0o700)
-                    .and_then(|()| make_dir(dir, 0o755))
+                    .and_then(|()| make_dir(&dir, 0o755))
                     .map_err(|e| format!("cannot make {}: {e}", dir.display()))?;
-                Some(dir.to_owned())
+                Some(dir.clone())
             }
         };
         // Whoever gets the directory bind-mounted is the container, under whatever uid it is mapped to.
-        let listener = Listener::start(&self.shared, id, socket, 0o666).map_err(|e| e.to_string())?;
+        let listener = Listener::start(&self.shared, id, &self.socket_of(add), 0o666);
+        let listener = listener.map_err(|e| e.to_string())?;
         Ok(Place { listener, made })
     }
 

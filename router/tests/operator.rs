@@ -3,18 +3,21 @@
 mod support;
 
 use std::io::Read;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
 use freeflow_core::ctl::cm::*;
 use freeflow_core::ctl::*;
+use freeflow_core::shm::Mapping;
 use freeflow_core::verbs::QpType;
 use freeflow_router::admin::{self, Add};
 use freeflow_router::config::Settings;
 use freeflow_router::daemon::Daemon;
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
 use support::*;
 
 fn mode(path: &std::path::Path) -> u32 {
@@ -168,14 +171,17 @@ fn resume(
     client: &Client,
     socket: &std::path::Path,
     change: impl Fn(&mut Resume),
-) -> Result<Socket, SocketError> {
+) -> Result<Client, SocketError> {
     let again = connect(socket);
     let table = freeflow_core::shm::make_owned_memfd("table", client.table.len() as u64).expect("memfd");
-    let HelloReply { client, proof, .. } = client.hello;
-    let mut resume = Resume { min_version: VERSION, max_version: VERSION, client, proof };
+    let HelloReply { client: id, proof, .. } = client.hello;
+    let mut resume = Resume { min_version: VERSION, max_version: VERSION, client: id, proof };
     change(&mut resume);
-    again.call(&resume, &[table.as_fd()])?;
-    Ok(again)
+    let (hello, fds) = again.call(&resume, &[table.as_fd()])?;
+    let events = Socket::new(fds.into_iter().next().expect("event socket"));
+    watch(&events);
+    let table = Mapping::new(&table, 0, client.table.len(), true).expect("mmap");
+    Ok(Client { socket: again, events, hello, table })
 }
 
 #[test]
@@ -201,16 +207,84 @@ fn only_who_had_it_resumes() {
     assert_eq!(refusal(resume(&ours, &c1.socket, |r| r.client ^= 1)), Errno::ACCESS);
     assert_eq!(refusal(resume(&ours, &c1.socket, |r| r.proof ^= 1)), Errno::ACCESS);
     let again = resume(&ours, &c1.socket, |_| ()).expect("its own");
-    let claim = |id, proof| again.call(&Claim { what: claim::OBJECT, id, proof }, &[]);
+    let claim = |id, proof| again.socket.call(&Claim { what: claim::OBJECT, id, proof }, &[]);
     assert_eq!(refusal(claim(pd.id ^ 1, pd.proof)), Errno::ACCESS);
     claim(pd.id, pd.proof).expect("its own");
     let memory = freeflow_core::shm::make_memfd("pd", 4096).expect("memfd");
-    assert_eq!(again.call(&AllocPd {}, &[memory.as_fd()]).expect("AllocPd").0, pd);
-    let huge = again.call(&BringSlab { len: 8192 }, &[memory.as_fd()]);
+    assert_eq!(again.socket.call(&AllocPd {}, &[memory.as_fd()]).expect("AllocPd").0, pd);
+    let huge = again.socket.call(&BringSlab { len: 8192 }, &[memory.as_fd()]);
     assert_eq!(refusal(huge), Errno::INVAL, "not of that length");
-    again.call(&Resumed {}, &[]).expect("done");
+    again.ask(&Resumed {});
     assert_eq!(refusal(claim(pd.id, pd.proof)), Errno::INVAL, "too late");
     drop((again, ours, theirs));
     rig.admin().rm("c1").expect("rm");
     std::fs::remove_dir(&dir).expect("empty");
+}
+
+/// A client of an earlier router says all that it had: a queue pair, connected to `peer`.
+fn come_back(before: &Client, socket: &std::path::Path, qp: TestQp, peer: (TestQp, RawGid)) -> Client {
+    let again = resume(before, socket, |_| ()).expect("its own");
+    again.ask(&Claim { what: claim::QP, id: qp.qpn, proof: qp.proof });
+    let adopted = again.qp(QpType::Rc);
+    assert_eq!(adopted.qpn, qp.qpn);
+    again.connect(adopted, peer.0, peer.1);
+    again.ask(&Resumed {});
+    again
+}
+
+/// Somebody who listens at `path` and takes no calls: who calls him waits until this is dropped.
+struct Busy {
+    _listener: OwnedFd,
+    _callers: Vec<OwnedFd>,
+}
+
+impl Busy {
+    fn at(path: &std::path::Path) -> Self {
+        let address = SocketAddrUnix::new(path).expect("address");
+        let socket = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None);
+        let listener = socket().expect("socket");
+        bind(&listener, &address).and_then(|()| listen(&listener, 0)).expect("listen");
+        let mut callers = vec![];
+        loop {
+            let caller = socket().expect("socket");
+            match rustix::net::connect(&caller, &address) {
+                Ok(()) => callers.push(caller),
+                Err(Errno::AGAIN) => return Busy { _listener: listener, _callers: callers },
+                Err(errno) => panic!("connect: {errno}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_peer_whose_container_is_served_later_is_not_missed() {
+    let mut rig = Rig::new();
+    let [first, held, last] = ["first", "held", "last"].map(|name| {
+        let dir = rig.dir.join(name);
+        std::fs::create_dir(&dir).expect("directory");
+        rig.admin().add(Add { name: name.into(), dir: Some(dir), ..Add::default() }).expect("add").socket
+    });
+    let (a, b) = (Client::at(&first), Client::at(&last));
+    let (qa, qb) = (a.qp(QpType::Rc), b.qp(QpType::Rc));
+    a.connect(qa, qb, b.gid());
+    b.connect(qb, qa, a.gid());
+    rig.daemon.take();
+
+    // The next router serves the first container, and is kept from going on with the others.
+    let busy = Busy::at(&held);
+    let socket = rig.socket();
+    let router = std::thread::spawn(move || Daemon::start(&socket, Settings::default()).expect("restart"));
+    while Socket::connect(&first).is_err() {
+        std::thread::yield_now();
+    }
+    let a = come_back(&a, &first, qa, (qb, b.gid()));
+    assert!(!last.exists(), "it is not served yet");
+    drop(busy);
+    rig.daemon = Some(router.join().expect("router"));
+    let _b = come_back(&b, &last, qb, (qa, a.gid()));
+    assert_eq!(a.event::<PeerReady>().qpn, qa.qpn, "the first it hears");
+    for name in ["first", "held", "last"] {
+        rig.admin().rm(name).expect("rm");
+        std::fs::remove_dir(rig.dir.join(name)).expect("empty");
+    }
 }

@@ -111,6 +111,7 @@ pub struct Client {
 #[derive(Debug, Clone, Copy)]
 pub struct TestQp {
     pub qpn: u32,
+    pub proof: u64,
     pub pd: u32,
     pub slab: u32,
     pub cq: u32,
@@ -186,7 +187,8 @@ impl Client {
             srq: 0,
             xrcd: 0,
         };
-        TestQp { qpn: self.ask(&create).id, pd, slab, cq, channel }
+        let Id { id: qpn, proof, .. } = self.ask(&create);
+        TestQp { qpn, proof, pd, slab, cq, channel }
     }
 
     pub fn connect(&self, qp: TestQp, peer: TestQp, peer_gid: RawGid) {
