@@ -78,9 +78,10 @@ pub struct Session {
 pub fn serve(shared: &Arc<Shared>, connection: u64, container: u32, socket: Arc<Socket>) {
     let _leave = Leave { shared, connection };
     let end = match greet(shared, container, socket) {
-        Ok(session) => {
+        Ok((session, kind, reply)) => {
             let _bury = Bury(&session);
-            session.run()
+            // Who has hung up by now was a client all the same.
+            send(&session.socket, kind, &reply).map_or_else(End::from, |()| session.run())
         }
         Err(end) => end,
     };
@@ -137,8 +138,8 @@ fn next(socket: &Socket, peer: &Peer) -> Result<Incoming, End> {
     }
 }
 
-/// The first exchange: who is it, which version, what for.
-fn greet(shared: &Arc<Shared>, container: u32, socket: Arc<Socket>) -> Result<Session, End> {
+/// The first request: who is it, which version, what for. With the answer, which is still to be sent.
+fn greet(shared: &Arc<Shared>, container: u32, socket: Arc<Socket>) -> Result<(Session, u16, Reply), End> {
     let peer = Peer::of(&*socket).map_err(|errno| match errno {
         Errno::SRCH => End::Invisible,
         errno => End::Identity(errno),
@@ -149,8 +150,7 @@ fn greet(shared: &Arc<Shared>, container: u32, socket: Arc<Socket>) -> Result<Se
     let purpose = greeting.purpose;
     match join(shared, container, &socket, &peer, greeting) {
         Ok((owner, home, reply)) => {
-            send(&socket, kind, &reply)?;
-            Ok(Session { shared: shared.clone(), owner, purpose, socket, peer, home })
+            Ok((Session { shared: shared.clone(), owner, purpose, socket, peer, home }, kind, reply))
         }
         Err(refusal) => {
             // Whether it still hears it does not matter: the connection ends.

@@ -14,11 +14,14 @@ use freeflow_core::verbs::QpType;
 use freeflow_router::admin::{self, Add};
 use freeflow_router::config::Settings;
 use freeflow_router::daemon::Daemon;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, listen,
+    socket_with,
 };
 use support::*;
+use zerocopy::IntoBytes;
 
 fn mode(path: &std::path::Path) -> u32 {
     std::fs::metadata(path).expect("metadata").permissions().mode() & 0o777
@@ -286,5 +289,21 @@ fn a_peer_whose_container_is_served_later_is_not_missed() {
     for name in ["first", "held", "last"] {
         rig.admin().rm(name).expect("rm");
         std::fs::remove_dir(rig.dir.join(name)).expect("empty");
+    }
+}
+
+#[test]
+fn who_hangs_up_before_the_answer_leaves_nothing() {
+    let rig = Rig::new();
+    for purpose in [purpose::VERBS, purpose::CM] {
+        let socket = rig.connect();
+        // The router's answer cannot be sent.
+        rustix::net::shutdown(&socket, Shutdown::Read).expect("shutdown");
+        socket.send(Hello::KIND, 0, hello(purpose).as_bytes(), &[], SendFlags::empty()).expect("send");
+        // It hangs up, too, when it has noticed and there is no such client any more.
+        let mut end = [PollFd::new(&socket, PollFlags::empty())];
+        let watchdog = Timespec { tv_sec: 20, tv_nsec: 0 };
+        assert_eq!(rustix::event::poll(&mut end, Some(&watchdog)), Ok(1), "the connection ends");
+        assert!(rig.admin().ls().expect("ls")[0].pids.is_empty());
     }
 }
