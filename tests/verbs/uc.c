@@ -138,10 +138,11 @@ static void a_wrong_key_writes_nothing_and_nobody_is_told(void)
 		SAME(p.b->buf, 64, 3);
 }
 
-/* READ and atomics need an answer, which UC does not have (IB spec vol. 1, table 38). */
+/* READ, atomics and atomic WRITE need an answer, which UC does not have (IB spec vol. 1, table 38). */
 static void what_needs_an_answer_is_refused(void)
 {
-	static const enum ibv_wr_opcode ops[] = { IBV_WR_RDMA_READ, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_ATOMIC_CMP_AND_SWP };
+	static const enum ibv_wr_opcode ops[] = { IBV_WR_RDMA_READ, IBV_WR_ATOMIC_FETCH_AND_ADD, IBV_WR_ATOMIC_CMP_AND_SWP,
+						  IBV_WR_ATOMIC_WRITE };
 	struct end_cfg c = uc_cfg();
 	struct pair p = pair_open(&c, &c);
 

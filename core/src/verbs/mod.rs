@@ -303,6 +303,11 @@ impl SendOp {
         self == SendOp::AtomicWrite || self.is_atomic()
     }
 
+    /// Does it end by what the other end says, and not by having been sent?
+    pub fn needs_answer(self) -> bool {
+        self.writes_locally() || matches!(self, SendOp::AtomicWrite | SendOp::Flush)
+    }
+
     /// Does the poster's own memory get written?
     pub fn writes_locally(self) -> bool {
         self == SendOp::Read || self.is_atomic()

@@ -11,7 +11,7 @@ use crate::post;
 use crate::qp::Qp;
 use freeflow_core::client::SendWr;
 use freeflow_core::exec::{Request, Target};
-use freeflow_core::verbs::{Flush, MwType, QpCaps, QpType, SendFlags, SendOp, Sge};
+use freeflow_core::verbs::{Flush, MwType, QpCaps, SendFlags, SendOp, Sge};
 use freeflow_verbs_abi::*;
 use spin::mutex::{SpinMutex, SpinMutexGuard};
 use std::ffi::{c_int, c_void};
@@ -297,12 +297,10 @@ pub unsafe extern "C" fn wr_flush(
 ) {
     let placements = Flush::GLOBAL | Flush::PERSISTENT;
     let asked = Flush::from_bits(placement).filter(|asked| !asked.is_empty() && placements.contains(*asked));
-    // SAFETY: called through a live QP, as the C API demands.
-    let answered = matches!(unsafe { Qp::of(qp) }.rust.kind, QpType::Rc | QpType::XrcSend);
-    let what = match (asked.filter(|_| answered), level) {
+    let what = match (asked, level) {
         (Some(asked), 0) => asked,
         (Some(asked), 1) => asked | Flush::REGION,
-        // SAFETY: as above.
+        // SAFETY: called through a live QP, as the C API demands.
         _ => return unsafe { batch(qp) }.1.fail(libc::EINVAL),
     };
     let (op, len) = ((SendOp::Flush, QP_EX_WITH_FLUSH), len as u64);

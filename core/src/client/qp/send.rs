@@ -185,7 +185,7 @@ impl Qp {
         let datagram = matches!(wr.target, Target::Datagram(_));
         let op_fits = match self.kind() {
             QpType::Ud => datagram && matches!(wr.op, SendOp::Send | SendOp::SendImm),
-            QpType::Uc => !datagram && !wr.op.writes_locally(),
+            QpType::Uc => !datagram && !wr.op.needs_answer(),
             QpType::XrcRecv => false, // a target sends nothing
             _ => !datagram,
         };
