@@ -6,15 +6,16 @@
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Version of the protocol; a hello of another one ends the connection.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Connections per pair of hosts: small operations have one of their own, so that they wait behind no large one.
 pub const CHANNELS: usize = 2;
 /// Channel of small operations, and of everything that is not data.
 pub const PROMPT: usize = 0;
 /// Channel of large operations.
 pub const BULK: usize = 1;
-/// Most payload of one message: what a small operation may have to wait for.
-pub const FRAGMENT: u32 = 256 << 10;
+/// Most payload of one message: what other large operations may have to wait for. Each message has its price: system calls at
+/// both ends, and an acknowledgement of TCP's that may have to wake the sender.
+pub const FRAGMENT: u32 = 1 << 20;
 /// Payload of messages that are not data, at most.
 pub const CONTROL: u32 = 4096 + 512;
 
