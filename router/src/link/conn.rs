@@ -21,8 +21,6 @@ pub const WHOLE: u32 = 8192;
 /// Bytes read at a time. A large payload's first bytes come with its header, and are copied once more than the rest.
 const CHUNK: usize = 64 << 10;
 const BULK_CHUNK: usize = WHOLE as usize + HEADER;
-/// Bytes that may wait for the socket before more are made.
-const BACKLOG: usize = 256 << 10;
 
 /// Why a connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -211,9 +209,9 @@ impl Conn {
 
     // ---- out
 
-    /// May more be put in line?
-    pub fn has_room(&self) -> bool {
-        self.waiting < BACKLOG
+    /// May more be put in line, of which so much may wait?
+    pub fn has_room(&self, most: usize) -> bool {
+        self.waiting < most
     }
 
     pub fn is_drained(&self) -> bool {

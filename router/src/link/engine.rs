@@ -22,7 +22,7 @@ use super::habit::Habit;
 use super::hold::Hold;
 use super::place::{Place, Traffic};
 use super::remote::Remote;
-use super::wire::PROMPT;
+use super::wire::{FRAGMENT, PROMPT};
 use crate::directory::Tenant;
 use crate::shared::Shared;
 use crate::state::{FarQp, FarRing, Notice};
@@ -157,6 +157,21 @@ pub struct Own {
     pub boot: u64,
 }
 
+/// How much goes out at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Most {
+    /// Payload of a message.
+    pub piece: u32,
+    /// Bytes that may wait for a socket before more are made.
+    pub waiting: usize,
+}
+
+impl Default for Most {
+    fn default() -> Self {
+        Most { piece: FRAGMENT, waiting: 256 << 10 }
+    }
+}
+
 #[derive(Debug)]
 pub struct Engine {
     pub shared: Weak<Shared>,
@@ -177,6 +192,7 @@ pub struct Engine {
     pub conns: Vec<Option<Conn>>,
     /// Who waits for each of them; apart, because a connection at work is not in its place.
     pub lines: Vec<Line>,
+    pub most: Most,
     /// Queue pairs whose requests are not all done.
     pub busy: HashSet<u32>,
     timers: BinaryHeap<Reverse<(Instant, u32)>>,
@@ -214,6 +230,7 @@ impl Engine {
             remotes: HashMap::new(),
             conns: Vec::new(),
             lines: Vec::new(),
+            most: Most::default(),
             busy: HashSet::new(),
             timers: BinaryHeap::new(),
             ticked: now,

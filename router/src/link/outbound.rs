@@ -15,7 +15,7 @@ use super::engine::{Engine, Line, Slot, submissions};
 use super::groups::hosts_of;
 use super::remote::Remote;
 use super::requester::Wr;
-use super::wire::{self, Addresses, BULK, FRAGMENT, Header, Kind, PROMPT};
+use super::wire::{self, Addresses, BULK, Header, Kind, PROMPT};
 use crate::directory::Tenant;
 use crate::shared::Shared;
 
@@ -68,7 +68,7 @@ impl Engine {
                 engine.slots.get_mut(&qpn).into_iter().for_each(|slot| acknowledge(slot, conn, qpn));
             }
             loop {
-                while conn.has_room() {
+                while conn.has_room(engine.most.waiting) {
                     let Some(qpn) = engine.lines[index].ready.pop_front() else { break };
                     any = true;
                     if engine.serve_turn(index, conn, qpn, now) == Turn::More {
@@ -119,7 +119,7 @@ impl Engine {
             }
             let Endpoint { requester, qp, .. } = &mut slot.endpoint;
             let (to, from) = (qp.dest_qpn, qpn);
-            let Some(piece) = requester.piece(FRAGMENT, now) else { return false };
+            let Some(piece) = requester.piece(self.most.piece, now) else { return false };
             let header = request_header(piece.wr, from, to);
             let header =
                 Header { seq: piece.seq, epoch: piece.epoch, offset: piece.offset, len: piece.len, ..header };
@@ -145,9 +145,9 @@ impl Engine {
         let endpoint = &mut slot.endpoint;
         let Some(read) = endpoint.responder.reads.front().copied() else { return };
         let (epoch, to) = (endpoint.responder.epoch(), endpoint.qp.dest_qpn);
-        match endpoint.serve_read(&read, FRAGMENT) {
+        match endpoint.serve_read(&read, self.most.piece) {
             Ok(spans) => {
-                let len = (read.total - read.sent).min(FRAGMENT);
+                let len = (read.total - read.sent).min(self.most.piece);
                 let (seq, offset) = (read.seq, read.sent);
                 let header = Header { seq, epoch, offset, len, ..Header::new(Kind::ReadData, qpn, to) };
                 conn.send(&header, spans);
@@ -202,7 +202,7 @@ impl Engine {
                 let dest = Gid(wqe.dgid);
                 owned.then(|| (wqe, dest, destinations(&shared, &process.tenant, dest)))
             });
-            let crowded = |host: &Arc<str>| is_crowded(&self.remotes, &self.conns, host);
+            let crowded = |host: &Arc<str>| is_crowded(&self.remotes, &self.conns, self.most.waiting, host);
             if addressed.as_ref().is_some_and(|(.., hosts)| hosts.iter().any(crowded)) {
                 self.held_up.push(client);
                 return false;
@@ -236,7 +236,7 @@ impl Engine {
 
     /// Do all hosts take what there is for them?
     pub fn has_room(&self) -> bool {
-        self.remotes.keys().all(|host| !is_crowded(&self.remotes, &self.conns, host))
+        self.remotes.keys().all(|host| !is_crowded(&self.remotes, &self.conns, self.most.waiting, host))
     }
 
     pub fn send_cm(&mut self, host: &Arc<str>, bytes: &[u8]) {
@@ -285,10 +285,10 @@ fn destinations(shared: &Shared, tenant: &Tenant, dest: Gid) -> Vec<Arc<str>> {
 }
 
 /// Does a host not take what there is for it? Then its datagrams wait where they are.
-fn is_crowded(remotes: &HashMap<Arc<str>, Remote>, conns: &[Option<Conn>], host: &str) -> bool {
+fn is_crowded(remotes: &HashMap<Arc<str>, Remote>, conns: &[Option<Conn>], most: usize, host: &str) -> bool {
     let Some(remote) = remotes.get(host) else { return false };
     match remote.meeting.conn(PROMPT).and_then(|at| conns.get(at)?.as_ref()) {
-        Some(conn) => !conn.has_room(),
+        Some(conn) => !conn.has_room(most),
         None => remote.is_full(),
     }
 }

@@ -116,6 +116,8 @@ impl Host {
 /// A connection's two ends: the engine's, from the host `peer`, and the one in the network's hands.
 pub fn wire(peer: &str) -> (Stream, UnixStream) {
     let (theirs, ours) = UnixStream::pair().expect("socketpair");
+    // As little as the kernel allows: some kilobytes.
+    rustix::net::sockopt::set_socket_send_buffer_size(&ours, 1).expect("SO_SNDBUF");
     ours.set_nonblocking(true).expect("nonblocking");
     theirs.set_nonblocking(true).expect("nonblocking");
     (Stream::plain(OwnedFd::from(ours).into(), peer.into()), theirs)
