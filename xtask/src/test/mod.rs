@@ -23,9 +23,6 @@ use self::labs::Place;
 use crate::failure::{Context as _, Failure, Result};
 use crate::{dist, layout, packages, safety};
 
-/// So many checks of a whole run may be unsteady.
-const UNSTEADY: usize = 2;
-
 pub type Outcome = std::result::Result<(), String>;
 
 /// What was counted so far.
@@ -33,8 +30,6 @@ pub type Outcome = std::result::Result<(), String>;
 pub struct Tally {
     passed: usize,
     failed: Vec<String>,
-    /// They failed, and passed when they ran again.
-    unsteady: Vec<String>,
 }
 
 impl Tally {
@@ -42,27 +37,6 @@ impl Tally {
     fn check(&mut self, name: &str, run: impl FnOnce() -> Outcome) {
         let start = Instant::now();
         let outcome = run();
-        self.count(name, start, outcome);
-    }
-
-    /// Counts a check that runs whole programs, in an order that is the machine's. If one of them fails, it is shown and runs once
-    /// more: a race that is met once in thousands of runs, ours or the program's, is to be seen and mended, but does not
-    /// tell whether this change is good.
-    fn programs(&mut self, name: &str, run: impl Fn() -> Outcome) {
-        let start = Instant::now();
-        let mut outcome = run();
-        if let Err(why) = &outcome
-            && self.unsteady.len() < UNSTEADY
-        {
-            println!("again {name} ({:.1} s)", start.elapsed().as_secs_f64());
-            eprintln!("{name}: {why}");
-            outcome = run();
-            self.unsteady.extend(outcome.is_ok().then(|| name.to_owned()));
-        }
-        self.count(name, start, outcome);
-    }
-
-    fn count(&mut self, name: &str, start: Instant, outcome: Outcome) {
         let seconds = start.elapsed().as_secs_f64();
         match outcome {
             Ok(()) => {
@@ -135,40 +109,40 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode> {
     cargo::tsan(&mut tally, filter)?;
     cargo::asan(&mut tally, filter, &tree)?;
     for lab in labs::OWN.iter().filter(|lab| chosen(&lab.name())) {
-        tally.programs(&lab.name(), || lab.run());
+        tally.check(&lab.name(), || lab.run());
     }
     for place in [Place::OneHost, Place::TwoHosts] {
         let clients = if place == Place::OneHost { clients::all() } else { clients::pairs() };
         for client in clients.iter().filter(|client| chosen(&place.name(client))) {
-            tally.programs(&place.name(client), || labs::run_client(client, place));
+            tally.check(&place.name(client), || labs::run_client(client, place));
         }
     }
     verbs_suite::run(&mut tally, filter)?;
     for (name, check) in operators::CHECKS.iter().filter(|(name, _)| chosen(name)) {
-        tally.programs(name, check);
+        tally.check(name, check);
     }
     ucx::run(&mut tally, chosen);
     for (transport, name) in transports::CHECKS.iter().filter(|(_, name)| chosen(name)) {
-        tally.programs(name, || transports::openmpi(transport));
+        tally.check(name, || transports::openmpi(transport));
     }
     if chosen(device_files::NAME) {
-        tally.programs(device_files::NAME, device_files::run);
+        tally.check(device_files::NAME, device_files::run);
     }
     releases::run(&mut tally, chosen);
     if chosen(containers::NAME) {
-        tally.programs(containers::NAME, containers::run);
+        tally.check(containers::NAME, containers::run);
     }
     for soak in safety::short().filter(|soak| chosen(soak)) {
-        tally.programs(soak, || safety::run_short(soak, &tree));
+        tally.check(soak, || safety::run_short(soak, &tree));
     }
     if chosen(examples::HELLO) {
-        tally.programs(examples::HELLO, examples::hello);
+        tally.check(examples::HELLO, examples::hello);
     }
     if chosen(examples::NCCL) {
-        tally.programs(examples::NCCL, examples::nccl);
+        tally.check(examples::NCCL, examples::nccl);
     }
     if chosen(examples::NCCL_JOB) {
-        tally.programs(examples::NCCL_JOB, examples::nccl_job);
+        tally.check(examples::NCCL_JOB, examples::nccl_job);
     }
     summary(&tally, filter, start)
 }
@@ -211,47 +185,10 @@ fn summary(tally: &Tally, filter: Option<&str>, start: Instant) -> Result<ExitCo
         let filter = filter.unwrap_or_default();
         return Err(Failure::new(format!("no check's name contains {filter:?}")));
     }
-    for name in &tally.unsteady {
-        println!("unsteady: {name}: it failed, and passed when it ran again");
-    }
     for name in &tally.failed {
         println!("failed: {name}");
     }
     println!("took {:.0} s", start.elapsed().as_secs_f64());
     println!("{} passed, {} failed", tally.passed, tally.failed.len());
     Ok(if tally.failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::cell::Cell;
-
-    #[test]
-    fn what_fails_twice_has_failed() {
-        let (mut tally, runs) = (Tally::default(), Cell::new(0));
-        tally.programs("bad", || Err(format!("run {}", runs.replace(runs.get() + 1))));
-        assert_eq!((runs.get(), tally.passed, tally.failed.len(), tally.unsteady.len()), (2, 0, 1, 0));
-    }
-
-    #[test]
-    fn few_checks_may_be_unsteady() {
-        let mut tally = Tally::default();
-        for name in 0..4 {
-            let first = Cell::new(true);
-            let run = || if first.replace(false) { Err("a race".to_owned()) } else { Ok(()) };
-            tally.programs(&name.to_string(), run);
-        }
-        assert_eq!(
-            (tally.passed, tally.unsteady, tally.failed),
-            (2, vec!["0".into(), "1".into()], vec!["2".into(), "3".into()])
-        );
-    }
-
-    #[test]
-    fn a_plain_check_runs_once() {
-        let (mut tally, runs) = (Tally::default(), Cell::new(0));
-        tally.check("plain", || Err(format!("run {}", runs.replace(runs.get() + 1))));
-        assert_eq!((runs.get(), tally.failed.len()), (1, 1));
-    }
 }

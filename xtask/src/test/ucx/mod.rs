@@ -22,7 +22,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 pub fn run(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
     let mut check = |name: &str, run: &dyn Fn() -> Outcome| {
         if chosen(name) {
-            tally.programs(name, run);
+            tally.check(name, run);
         }
     };
     check("ucx info", &info);
@@ -62,13 +62,13 @@ pub fn matrix(tally: &mut Tally, chosen: impl Fn(&str) -> bool) {
     for place in [Place::OneHost, Place::TwoHosts] {
         let name = format!("ucx perftest, every size, between {}", place.name());
         if chosen(&name) {
-            tally.programs(&name, || perftest::every_size(place));
+            tally.check(&name, || perftest::every_size(place));
         }
     }
     for wheel in WHEELS.iter().filter(|wheel| !ALWAYS.contains(wheel)) {
         let name = format!("ucx wheel {wheel}");
         if chosen(&name) {
-            tally.programs(&name, || pair::traffic_on(wheel));
+            tally.check(&name, || pair::traffic_on(wheel));
         }
     }
 }
