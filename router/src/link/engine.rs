@@ -166,10 +166,8 @@ pub struct Most {
     pub waiting: usize,
 }
 
-impl Default for Most {
-    fn default() -> Self {
-        Most { piece: FRAGMENT, waiting: 256 << 10 }
-    }
+impl Most {
+    pub const USUAL: Most = Most { piece: FRAGMENT, waiting: 256 << 10 };
 }
 
 #[derive(Debug)]
@@ -230,7 +228,7 @@ impl Engine {
             remotes: HashMap::new(),
             conns: Vec::new(),
             lines: Vec::new(),
-            most: Most::default(),
+            most: Most::USUAL,
             busy: HashSet::new(),
             timers: BinaryHeap::new(),
             ticked: now,
